@@ -1,0 +1,1 @@
+"""Training: `fit` on transformers' Trainer, and recorded sweeps of it."""
