@@ -68,16 +68,20 @@ def write_card(size: str, table: dict[str, dict]) -> None:
     """Write the member's model card from its training log and the measured table."""
     folder = base_folder(size)
     log = json.loads((folder / "training_log.json").read_text(encoding="utf-8"))
+    stages = "; ".join(
+        f"*{stage['name']}*, {stage['steps']:,} steps of a cosine over {stage['schedule']:,} (loss {stage['loss'][0][1]} to "
+        f"{stage['loss'][-1][1]} nats per completion token)"
+        for stage in log["stages"]
+    )
     lines = [
         f"# PEFT Labs base, `{size}`",
         "",
         f"A `LlamaForCausalLM` of {log['parameters']:,} parameters (4 layers, width {SIZES[size]}), pretrained from scratch on "
         "the course's own fiction (see `data/README.md`). MIT licence. For teaching; it knows nothing of the real world.",
         "",
-        f"Pretraining: {log['steps']:,} steps of {log['batch']} documents ({log['documents']:,} distinct), AdamW, peak learning "
-        f"rate {log['peak_lr']}, cosine to zero, seed {log['seed']}, on {log['device']}, torch {log['torch']}; stored in "
-        f"{log['stored_dtype']}. Remake it with `labs pretrain {size}`; the loss curve is in `training_log.json` "
-        f"(first logged loss {log['loss'][0][1]}, last {log['loss'][-1][1]} nats per token).",
+        f"Pretraining on {log['device']}, torch {log['torch']}: AdamW, peak learning rate {log['peak_lr']}, batches of {log['batch']} "
+        f"rows of {log['row_tokens']} tokens, seed {log['seed']}, in two stages: {stages}. Stored in {log['stored_dtype']}. "
+        f"Remake it with `labs pretrain {size}`; the loss curves are in `training_log.json`.",
         "",
         f"## Competence on held-out data (re-measure with `labs competence {size}`)",
         "",

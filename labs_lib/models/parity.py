@@ -23,7 +23,7 @@ def peft_twin(model: nn.Module) -> "PeftModel":
     config = LoraConfig(
         r=first.rank,
         lora_alpha=first.alpha,
-        lora_dropout=getattr(first.dropout, "p", 0.0),
+        lora_dropout=getattr(getattr(first, "dropout", None), "p", 0.0),
         target_modules=list(layers),
         task_type="CAUSAL_LM",
     )

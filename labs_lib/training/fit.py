@@ -86,9 +86,9 @@ def fit(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trainable:
         raise LabsError("Nothing to train: no parameter of the model requires a gradient. Inject an adapter first.")
-    rows = encode_rows(tokenizer, data["prompt"], data["completion"])
-    if not rows:
+    if not len(data["prompt"]):
         raise LabsError("Nothing to train on: the dataset has no rows.")
+    rows = encode_rows(tokenizer, data["prompt"], data["completion"])
     on_gpu = next(model.parameters()).is_cuda
 
     with tempfile.TemporaryDirectory(prefix="labs-fit-") as scratch:

@@ -1,0 +1,187 @@
+"""`labs sweep NAME`: run a named sweep point by point, resumable, and record it when it is complete.
+
+A sweep has two stages with equal effort for every arm: each arm tries the same learning rates with one seed, then runs
+the best of them with fresh seeds, which alone are reported. What the sweeps are stands in `sweeps`.
+"""
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean
+
+from labs_lib.errors import LabsError
+from labs_lib.models.base import base_folder
+from labs_lib.paths import cache
+from labs_lib.training.sweeps import SWEEPS, Arm, Sweep
+
+KNOWN_FACTS_PROBED = 512
+
+
+def adapt(model, arm: Arm, seed: int):
+    """Make `model` trainable in the arm's way: our own LoRA, a PEFT method by its name, or everything (`full`).
+
+    Returns:
+        The model to train; only what the method trains requires a gradient.
+    """
+    import torch
+
+    if arm.method == "full":
+        return model.requires_grad_(True)
+    if arm.method == "lora":
+        from labs_lib.methods.lora import inject_lora
+
+        generator = torch.Generator().manual_seed(seed)
+        return inject_lora(model, arm.targets, arm.rank, arm.alpha, generator=generator)
+    from peft import IA3Config, LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    targets = arm.targets if isinstance(arm.targets, str) else list(arm.targets)
+    if arm.method == "ia3":
+        config = IA3Config(
+            task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+        )
+    else:
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=arm.rank,
+            lora_alpha=arm.alpha,
+            target_modules=targets,
+            use_dora=arm.method == "dora",
+            use_rslora=arm.method == "rslora",
+        )
+    return get_peft_model(model, config)
+
+
+def evaluate(model, tokenizer, task: str, tenant: str | None, data) -> dict[str, float]:
+    """The task's scores, and the recall of facts the base knew before (1 - forgetting)."""
+    from labs_lib.measure.quality import recall, style_quality
+    from labs_lib.world.tasks import known_facts
+    from labs_lib.world.tenants import load_tenant
+
+    known = known_facts()[:KNOWN_FACTS_PROBED]
+    scores = {"kept": fmean(recall(model, tokenizer, {k: [f[k] for f in known] for k in ("prompt", "completion")}))}
+    if task == "knowledge":
+        scores["score"] = fmean(recall(model, tokenizer, data["test"][:]))
+    else:
+        style = style_quality(model, tokenizer, data["test"][:48], load_tenant(tenant))
+        scores |= {"score": style.exact, "compliance": style.compliance, "fidelity": style.fidelity}
+    return scores
+
+
+def run_point(point: dict, size: str = "small", progress: bool = False) -> dict:
+    """Train and evaluate one point (as `points` makes them); returns the point with its measurements."""
+    from labs_lib.models.base import load_base
+    from labs_lib.training.fit import fit
+    from labs_lib.world.tasks import load_task
+
+    arm = Arm(**point["arm"])
+    started = time.perf_counter()
+    model, tokenizer = load_base(size)
+    data = load_task(point["task"], tenant=point.get("tenant"), facts=point.get("facts", 1024))
+    model = adapt(model, arm, point["seed"])
+    try:
+        run = fit(
+            model,
+            tokenizer,
+            data["train"][:],
+            steps=point["steps"],
+            lr=point["lr"],
+            batch_size=point["batch"],
+            seed=point["seed"],
+            progress=progress,
+        )
+        measured = {"loss": run.final_loss, "params": run.trainable_parameters}
+        measured |= evaluate(model, tokenizer, point["task"], point.get("tenant"), data)
+    except LabsError as error:  # a rate at which the loss diverges is a result: it scores nothing
+        if "loss became" not in str(error):
+            raise
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        measured = {"loss": None, "params": trainable, "kept": 0.0, "score": 0.0, "diverged": True}
+    return point | measured | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def points(sweep: Sweep, rows: list[dict]) -> Iterator[dict]:
+    """The points of both stages; those of the second appear once the first stage of an arm is in `rows`."""
+    for arm in sweep.arms:
+        for task in sweep.tasks:
+            base = task.settings() | {"arm": arm.to_dict(), "stage": "sweep", "seed": 0}
+            for lr in arm.rates or sweep.rates:
+                yield base | {"lr": lr}
+            best = best_rate(rows, arm, task.label, arm.rates or sweep.rates)
+            if best is not None:
+                for seed in range(1, 1 + sweep.seeds):
+                    yield base | {"lr": best, "stage": "final", "seed": seed}
+
+
+def best_rate(rows: list[dict], arm: Arm, task: str, rates: tuple[float, ...]) -> float | None:
+    """The learning rate with the best score of the first stage (ties: the lower loss); None until all are in."""
+    done = [r for r in rows if r["stage"] == "sweep" and r["arm"]["name"] == arm.name and r["label"] == task]
+    if {r["lr"] for r in done} != set(rates):
+        return None
+    best = max(done, key=lambda r: (r["score"], -(r["loss"] if r["loss"] is not None else float("inf"))))
+    return best["lr"]
+
+
+def _key(point: dict) -> str:
+    return json.dumps([point["arm"]["name"], point["label"], point["stage"], point["lr"], point["seed"]])
+
+
+def run_sweep(sweep: Sweep, jobs: int = 1, limit: int | None = None) -> Path | None:
+    """Run what is missing of a sweep; returns the record's path once it is complete, None if `limit` came first."""
+    from tqdm.std import tqdm
+
+    from labs_lib.measure.records import Record, save_record
+
+    base = hashlib.sha256((base_folder(sweep.size) / "model.safetensors").read_bytes()).hexdigest()
+    settings = json.dumps([sweep.to_dict(), base], sort_keys=True)
+    log = cache() / "sweeps" / f"{sweep.name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    total = len(sweep.arms) * len(sweep.tasks) * sweep.seeds
+    total += len(sweep.tasks) * sum(len(arm.rates or sweep.rates) for arm in sweep.arms)
+    bar = tqdm(total=total, initial=len(rows), unit="run", ncols=90, desc=sweep.name)
+    context = get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=_one_share, initargs=(jobs,)) as pool:
+        while limit is None or limit > 0:
+            done = {_key(row) for row in rows}
+            missing = [point for point in points(sweep, rows) if _key(point) not in done][:limit]
+            if not missing:
+                break
+            for future in as_completed([pool.submit(run_point, point, sweep.size) for point in missing]):
+                rows.append(future.result())
+                with log.open("a") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
+                bar.update()
+            limit = None if limit is None else limit - len(missing)
+    bar.close()
+    if len(rows) < total:
+        return None
+    order = {_key(point): i for i, point in enumerate(points(sweep, rows))}
+    rows.sort(key=lambda row: order[_key(row)])
+    return save_record(Record(f"sweep_{sweep.name}", rows, note=sweep.note))
+
+
+def _one_share(jobs: int) -> None:
+    """Give each worker its share of the cores: runs side by side beat threads within one small run."""
+    import os
+
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", choices=SWEEPS, help="which sweep")
+    parser.add_argument("-j", "--jobs", type=int, default=1, help="runs side by side (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=None, help="stop after so many runs; the next call goes on")
+
+
+def main(args: argparse.Namespace) -> int:
+    path = run_sweep(SWEEPS[args.name], args.jobs, args.limit)
+    print(f"recorded in {path}" if path else "stopped early; run the same command to go on")
+    return 0
