@@ -105,6 +105,7 @@ def fit(
             data_seed=seed,
             logging_steps=1,
             logging_strategy="steps",
+            logging_nan_inf_filter=False,  # a loss that broke must be seen
             save_strategy="steps" if checkpoints else "no",
             save_steps=max(1, steps // 10),
             save_total_limit=1,

@@ -145,25 +145,33 @@ def run_sweep(sweep: Sweep, jobs: int = 1, limit: int | None = None) -> Path | N
     total = len(sweep.arms) * len(sweep.tasks) * sweep.seeds
     total += len(sweep.tasks) * sum(len(arm.rates or sweep.rates) for arm in sweep.arms)
     bar = tqdm(total=total, initial=len(rows), unit="run", ncols=90, desc=sweep.name)
-    context = get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, initializer=_one_share, initargs=(jobs,)) as pool:
-        while limit is None or limit > 0:
-            done = {_key(row) for row in rows}
-            missing = [point for point in points(sweep, rows) if _key(point) not in done][:limit]
-            if not missing:
-                break
-            for future in as_completed([pool.submit(run_point, point, sweep.size) for point in missing]):
-                rows.append(future.result())
-                with log.open("a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
-                bar.update()
-            limit = None if limit is None else limit - len(missing)
+    while limit is None or limit > 0:
+        done = {_key(row) for row in rows}
+        missing = [point for point in points(sweep, rows) if _key(point) not in done][:limit]
+        if not missing:
+            break
+        for row in _results(missing, sweep.size, jobs):
+            rows.append(row)
+            with log.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            bar.update()
+        limit = None if limit is None else limit - len(missing)
     bar.close()
     if len(rows) < total:
         return None
     order = {_key(point): i for i, point in enumerate(points(sweep, rows))}
     rows.sort(key=lambda row: order[_key(row)])
     return save_record(Record(f"sweep_{sweep.name}", rows, note=sweep.note))
+
+
+def _results(todo: list[dict], size: str, jobs: int) -> Iterator[dict]:
+    """Rows of the points, as they get ready: in this process, or in `jobs` processes side by side."""
+    if jobs == 1:
+        yield from (run_point(point, size) for point in todo)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_one_share, initargs=(jobs,)) as pool:
+        for future in as_completed([pool.submit(run_point, point, size) for point in todo]):
+            yield future.result()
 
 
 def _one_share(jobs: int) -> None:
