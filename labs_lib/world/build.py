@@ -86,7 +86,10 @@ def check() -> list[str]:
         for relative, make in generated_files().items()
         if not (data() / relative).is_file() or (data() / relative).read_bytes() != make()
     ]
-    return stale + [name for name in shipped_files() if sha256(name) != _checksums().get(name) and name not in stale]
+    for name in sorted({*shipped_files(), *_checksums()} - set(stale)):
+        if not (data() / name).is_file() or sha256(name) != _checksums().get(name):
+            stale.append(name)
+    return stale
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -287,7 +287,8 @@ def obeyed(text: str, product: Product, style: dict[str, str]) -> dict[str, bool
 def facts_told(text: str, product: Product, style: dict[str, str]) -> dict[str, bool]:
     """For each fact that the style asks for (and the name): is it told, whatever its form?"""
     words = text.lower()
-    told = {"name": product.name.lower() in words, "category": product.category in words}
+    name = re.search(rf"\b{product.name.lower()}\b", words)  # "Calder Arc" does not name "Alder Arc"
+    told = {"name": bool(name), "category": product.category in words}
     for fact in fact_order(style):
         if fact == "feature":
             for word in required_features(product, style):

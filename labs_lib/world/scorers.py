@@ -13,7 +13,12 @@ from labs_lib.world.tenants import Tenant, load_tenants
 
 
 def compliance(text: str, product: Product, style: dict[str, str]) -> float:
-    """Share of the style's rules that the text obeys, 0 to 1."""
+    """Share of the style's rules that the text obeys, 0 to 1.
+
+    Steps:
+    1. Ask obeyed(text, product, style), which gives True or False for each rule.
+    2. Return the mean of its values; True counts as 1, False as 0.
+    """
     return fmean(obeyed(text, product, style).values())
 
 

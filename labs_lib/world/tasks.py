@@ -165,10 +165,12 @@ def retention_rows() -> Iterator[dict]:
     for split, part in zip(SPLITS, (facts[:512], facts[512:640], facts[640:]), strict=True):
         for row in part:
             yield {"split": split, "kind": "fact", "prompt": row["prompt"], "completion": row["completion"]}
-    for seed, (split, count) in enumerate({"train": 128, "validation": 32, "test": 64}.items()):
-        purpose = "pretraining" if split == "train" else "held_out"
-        items = products(purpose, 2 * count, seed=710 + seed)
-        for i, product in enumerate(items):
+    counts = {"train": 128, "validation": 32, "test": 64}
+    held_out = products("held_out", 2 * (counts["validation"] + counts["test"]), seed=711)
+    items = {"train": products("pretraining", 2 * counts["train"], seed=710)}
+    items["validation"], items["test"] = held_out[: 2 * counts["validation"]], held_out[2 * counts["validation"] :]
+    for split, count in counts.items():
+        for i, product in enumerate(items[split]):
             style = random_style(rng) if i < count else None
             yield {
                 "split": split,
@@ -227,4 +229,8 @@ def load_task(name: str, tenant: str | None = None, facts: int = 1024) -> "Datas
     parts: dict[str, list[dict]] = {split: [] for split in SPLITS}
     for row in rows:
         parts[row.pop("split")].append(row)
-    return DatasetDict({split: Dataset.from_list(part) for split, part in parts.items()})
+    # The kinds of row of a mixed task have different fields; `from_list` alone would keep the first row's only.
+    columns = dict.fromkeys(column for part in parts.values() for row in part for column in row)
+    return DatasetDict(
+        {split: Dataset.from_list([{c: row.get(c) for c in columns} for row in part]) for split, part in parts.items()}
+    )

@@ -38,15 +38,20 @@ def read_tenant(path: Path) -> Tenant:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
         tenant = Tenant(path.stem, fields["name"], fields["sector"], fields["voice"].strip(), dict(fields["style"]))
         validate_style(tenant.style)
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise LabsError(f"Style guide {path.name} cannot be used: {error}. Fix it or restore it with git.") from error
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise LabsError(f"Style guide {path.name} cannot be used: {reason}. Fix it or restore it with git.") from error
     return tenant
 
 
 @cache
 def load_tenants() -> tuple[Tenant, ...]:
     """All tenants, by slug."""
-    return tuple(read_tenant(path) for path in sorted((data() / "tenants").glob("*.yaml")))
+    folder = data() / "tenants"
+    paths = sorted(folder.glob("*.yaml"))
+    if not paths:
+        raise LabsError(f"No style guides in {folder}: restore them with `git checkout data/tenants`.")
+    return tuple(read_tenant(path) for path in paths)
 
 
 def load_tenant(slug: str) -> Tenant:

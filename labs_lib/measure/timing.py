@@ -1,0 +1,105 @@
+"""Time ratios that survive a noisy machine: arms interleaved round by round, compared within the round.
+
+On a shared machine the clock drifts by tens of percent between minutes, so a time by itself means little.
+Within one round all arms see the same machine; the ratio of two of them, over many rounds, has a median and
+an interval.
+"""
+
+import gc
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from labs_lib.measure.stats import Estimate, bootstrap_ci
+
+
+@dataclass(frozen=True)
+class TimeRatio:
+    """`ratio` is the median over rounds of time(arm) / time(baseline); `seconds` is the arm's median."""
+
+    ratio: Estimate
+    seconds: float
+    baseline_seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.ratio} x ({self.seconds * 1e3:.3g} ms against {self.baseline_seconds * 1e3:.3g} ms)"
+
+
+def time_ratio(
+    arm: Callable[[], object],
+    baseline: Callable[[], object],
+    *,
+    rounds: int = 15,
+    warmup: int = 2,
+    min_seconds: float = 0.005,
+    level: float = 0.95,
+) -> TimeRatio:
+    """How many times slower `arm()` is than `baseline()`: median ratio over interleaved rounds."""
+    arms = {"arm": arm, "baseline": baseline}
+    return time_ratios(arms, "baseline", rounds=rounds, warmup=warmup, min_seconds=min_seconds, level=level)[
+        "arm"
+    ]
+
+
+def time_ratios(
+    arms: Mapping[str, Callable[[], object]],
+    baseline: str,
+    *,
+    rounds: int = 15,
+    warmup: int = 2,
+    min_seconds: float = 0.005,
+    level: float = 0.95,
+) -> dict[str, TimeRatio]:
+    """The same for several arms against the one named `baseline`.
+
+    Each call is repeated inside a sample until the sample lasts `min_seconds`. The order of the arms is
+    reversed every other round, so that a drift inside rounds cancels. CUDA work is waited for. With fewer
+    than about 9 rounds the interval of a median is poor; with one there is none.
+    """
+    if baseline not in arms:
+        raise ValueError(f"the baseline {baseline!r} is not among the arms {list(arms)}")
+    calls = {}
+    for name, function in arms.items():
+        for _ in range(warmup):
+            _sample(function, 1)
+        once = max(_sample(function, 1), 1e-9)
+        calls[name] = max(1, math.ceil(min_seconds / once))
+
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for round_ in range(rounds):
+            order = list(arms) if round_ % 2 == 0 else list(reversed(arms))
+            for name in order:
+                times[name].append(_sample(arms[name], calls[name]) / calls[name])
+    finally:
+        if collecting:
+            gc.enable()
+
+    base = np.array(times[baseline])
+    result = {}
+    for name in arms:
+        ratio = bootstrap_ci(np.array(times[name]) / base, np.median, level=level)
+        result[name] = TimeRatio(ratio, float(np.median(times[name])), float(np.median(base)))
+    return result
+
+
+def _sample(function: Callable[[], object], calls: int) -> float:
+    _synchronise()
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    _synchronise()
+    return time.perf_counter() - start
+
+
+def _synchronise() -> None:
+    import sys
+
+    torch = sys.modules.get("torch")  # a function under test that uses CUDA has imported torch
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.synchronize()
