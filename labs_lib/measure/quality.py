@@ -89,7 +89,7 @@ def collate(rows: list[dict], pad: int) -> "dict[str, torch.Tensor]":
 
 
 def _completion_logits(model, tokenizer, rows, batch_size: int):
-    """For each batch: (logits that predict the completion, labels), both shifted; a soft prompt's extra positions cut."""
+    """For each batch: (logits that predict the completion, labels), shifted; a soft prompt's positions are cut."""
     encoded = encode_rows(tokenizer, rows["prompt"], rows["completion"])
     with evaluating(model) as device:
         for part in _batches(encoded, batch_size):

@@ -50,7 +50,10 @@ def _quantisation(kind: str | None):
 
     if kind == "nf4":
         return BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
         )
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -83,7 +86,9 @@ def load_base(
     if Path(name).is_dir():
         return _load(Path(name), dtype, device, quantise)
     if "/" not in name:
-        raise LabsError(f"No base {name!r}: one of {', '.join(SIZES)}, a folder, or a hub id such as HuggingFaceTB/SmolLM2-135M.")
+        raise LabsError(
+            f"No base {name!r}: one of {', '.join(SIZES)}, a folder, or a hub id such as HuggingFaceTB/SmolLM2-135M."
+        )
     try:
         return _load(name, dtype, device, quantise)
     except (OSError, ConnectionError, ImportError) as error:

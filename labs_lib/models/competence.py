@@ -1,4 +1,4 @@
-"""`labs competence SIZE`: what a family member can do on held-out data, with confidence intervals; fills its model card."""
+"""`labs competence SIZE`: what a family member can do on held-out data, with intervals; fills its model card."""
 
 import argparse
 import json
@@ -9,11 +9,17 @@ from labs_lib.models.base import SIZES, base_folder, load_base
 #: ability -> (target, how it is measured). `None` means "above the chance level that stands in the text".
 TARGETS = {
     "fact copy": (0.99, "facts told in generated copy, guide in the prompt, held-out products"),
-    "style compliance, guide in prompt": (0.99, "rules obeyed in generated copy, random styles, held-out products"),
+    "style compliance, guide in prompt": (
+        0.99,
+        "rules obeyed in generated copy, random styles, held-out products",
+    ),
     "exact copy, guide in prompt": (None, "whole texts equal to the reference, same texts"),
     "exact copy, no guide": (None, "whole texts equal to the reference in the default style"),
     "closed-book recall": (0.99, "greedy answers to the 1,024 pretrained questions"),
-    "classification, zero-shot": (None, "reviews with `but` and `not`, never seen so in pretraining; chance 0.50"),
+    "classification, zero-shot": (
+        None,
+        "reviews with `but` and `not`, never seen so in pretraining; chance 0.50",
+    ),
 }
 
 
@@ -42,12 +48,18 @@ def measure_competence(size: str, rows: int = 512, device: str = "cpu") -> dict[
     reviews = load_task("classification")["test"]
     values = {
         "fact copy": [fidelity(*row) for row in zip(guided, items, styles, strict=True)],
-        "style compliance, guide in prompt": [compliance(*row) for row in zip(guided, items, styles, strict=True)],
+        "style compliance, guide in prompt": [
+            compliance(*row) for row in zip(guided, items, styles, strict=True)
+        ],
         "exact copy, guide in prompt": [
             float(text == render(p, s)) for text, p, s in zip(guided, items, styles, strict=True)
         ],
-        "exact copy, no guide": [float(t == render(p, DEFAULT_STYLE)) for t, p in zip(default, items, strict=False)],
-        "closed-book recall": recall(model, tokenizer, {k: [f[k] for f in facts] for k in ("prompt", "completion")}),
+        "exact copy, no guide": [
+            float(t == render(p, DEFAULT_STYLE)) for t, p in zip(default, items, strict=False)
+        ],
+        "closed-book recall": recall(
+            model, tokenizer, {k: [f[k] for f in facts] for k in ("prompt", "completion")}
+        ),
         "classification, zero-shot": accuracy(model, tokenizer, reviews[:]),
     }
     table = {}
@@ -69,36 +81,40 @@ def write_card(size: str, table: dict[str, dict]) -> None:
     folder = base_folder(size)
     log = json.loads((folder / "training_log.json").read_text(encoding="utf-8"))
     stages = "; ".join(
-        f"*{stage['name']}*, {stage['steps']:,} steps of a cosine over {stage['schedule']:,} (loss {stage['loss'][0][1]} to "
-        f"{stage['loss'][-1][1]} nats per completion token)"
+        f"*{stage['name']}*, {stage['steps']:,} steps of a cosine over {stage['schedule']:,} "
+        f"(loss {stage['loss'][0][1]} to {stage['loss'][-1][1]} nats per completion token)"
         for stage in log["stages"]
     )
+    rows = [
+        f"| {ability} | {row['mean']:.4f} | {row['low']:.4f} - {row['high']:.4f} | {row['n']} "
+        f"| {'-' if row['target'] is None else '>= ' + str(row['target'])} | {TARGETS[ability][1]} |"
+        for ability, row in table.items()
+    ]
     lines = [
         f"# PEFT Labs base, `{size}`",
         "",
-        f"A `LlamaForCausalLM` of {log['parameters']:,} parameters (4 layers, width {SIZES[size]}), pretrained from scratch on "
-        "the course's own fiction (see `data/README.md`). MIT licence. For teaching; it knows nothing of the real world.",
+        f"A `LlamaForCausalLM` of {log['parameters']:,} parameters (4 layers, width {SIZES[size]}), pretrained from "
+        "scratch on the course's own fiction (see `data/README.md`). MIT licence. For teaching; it knows nothing of "
+        "the real world.",
         "",
-        f"Pretraining on {log['device']}, torch {log['torch']}: AdamW, peak learning rate {log['peak_lr']}, batches of {log['batch']} "
-        f"rows of {log['row_tokens']} tokens, seed {log['seed']}, in two stages: {stages}. Stored in {log['stored_dtype']}. "
-        f"Remake it with `labs pretrain {size}`; the loss curves are in `training_log.json`.",
+        f"Pretraining on {log['device']}, torch {log['torch']}: AdamW, peak learning rate {log['peak_lr']}, batches "
+        f"of {log['batch']} rows of {log['row_tokens']} tokens, seed {log['seed']}, in two stages: {stages}. Stored "
+        f"in {log['stored_dtype']}. Remake it with `labs pretrain {size}`; the curves are in `training_log.json`.",
         "",
         f"## Competence on held-out data (re-measure with `labs competence {size}`)",
         "",
         "| Ability | Mean | 95 % interval | n | Target | How |",
         "|---|---|---|---|---|---|",
+        *rows,
     ]
-    for ability, row in table.items():
-        target = "-" if row["target"] is None else f">= {row['target']}"
-        lines.append(
-            f"| {ability} | {row['mean']:.4f} | {row['low']:.4f} - {row['high']:.4f} | {row['n']} | {target} | {TARGETS[ability][1]} |"
-        )
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "competence.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("size", nargs="?", default="small", choices=SIZES, help="family member (default: %(default)s)")
+    parser.add_argument(
+        "size", nargs="?", default="small", choices=SIZES, help="family member (default: %(default)s)"
+    )
     parser.add_argument("--rows", type=int, default=512, help="held-out products (default: %(default)s)")
     parser.add_argument("--write", action="store_true", help="store the result in the member's model card")
 

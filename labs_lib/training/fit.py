@@ -85,7 +85,9 @@ def fit(
 
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trainable:
-        raise LabsError("Nothing to train: no parameter of the model requires a gradient. Inject an adapter first.")
+        raise LabsError(
+            "Nothing to train: no parameter of the model requires a gradient. Inject an adapter first."
+        )
     if not len(data["prompt"]):
         raise LabsError("Nothing to train on: the dataset has no rows.")
     rows = encode_rows(tokenizer, data["prompt"], data["completion"])
@@ -156,12 +158,17 @@ def _watch(steps: int, progress: bool) -> "TrainerCallback":
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
-        losses: list[float] = []
-
         def on_train_begin(self, args, state, control, **kwargs):
-            self.losses = [row["loss"] for row in state.log_history if "loss" in row]  # of the run that is resumed
+            self.losses = [
+                row["loss"] for row in state.log_history if "loss" in row
+            ]  # of the run that is resumed
             self.bar = tqdm(
-                total=steps, initial=state.global_step, disable=not progress, unit="step", ncols=80, mininterval=0.5
+                total=steps,
+                initial=state.global_step,
+                disable=not progress,
+                unit="step",
+                ncols=80,
+                mininterval=0.5,
             )
 
         def on_log(self, args, state, control, logs=None, **kwargs):
@@ -171,7 +178,8 @@ def _watch(steps: int, progress: bool) -> "TrainerCallback":
             if not math.isfinite(loss):
                 self.bar.close()
                 raise LabsError(
-                    f"The loss became {loss} at step {state.global_step}: lower the learning rate ({args.learning_rate:g})."
+                    f"The loss became {loss} at step {state.global_step}: "
+                    f"lower the learning rate ({args.learning_rate:g})."
                 )
             self.losses.append(loss)
             self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)

@@ -43,7 +43,9 @@ def adapt(model, arm: Arm, seed: int):
     targets = arm.targets if isinstance(arm.targets, str) else list(arm.targets)
     if arm.method == "ia3":
         config = IA3Config(
-            task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+            task_type="CAUSAL_LM",
+            target_modules=["k_proj", "v_proj", "down_proj"],
+            feedforward_modules=["down_proj"],
         )
     else:
         config = LoraConfig(
@@ -64,7 +66,9 @@ def evaluate(model, tokenizer, task: str, tenant: str | None, data) -> dict[str,
     from labs_lib.world.tenants import load_tenant
 
     known = known_facts()[:KNOWN_FACTS_PROBED]
-    scores = {"kept": fmean(recall(model, tokenizer, {k: [f[k] for f in known] for k in ("prompt", "completion")}))}
+    scores = {
+        "kept": fmean(recall(model, tokenizer, {k: [f[k] for f in known] for k in ("prompt", "completion")}))
+    }
     if task == "knowledge":
         scores["score"] = fmean(recall(model, tokenizer, data["test"][:]))
     else:
@@ -186,7 +190,9 @@ def _one_share(jobs: int) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=SWEEPS, help="which sweep")
     parser.add_argument("-j", "--jobs", type=int, default=1, help="runs side by side (default: %(default)s)")
-    parser.add_argument("--limit", type=int, default=None, help="stop after so many runs; the next call goes on")
+    parser.add_argument(
+        "--limit", type=int, default=None, help="stop after so many runs; the next call goes on"
+    )
 
 
 def main(args: argparse.Namespace) -> int:

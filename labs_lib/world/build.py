@@ -1,4 +1,4 @@
-"""Builds and verifies the shipped data: `labs data build`, `labs data check`, and the checksums that loading consults."""
+"""Builds and verifies the shipped data: `labs data build`, `labs data check`, the checksums that loading consults."""
 
 import argparse
 import hashlib
@@ -31,8 +31,16 @@ def generated_files() -> dict[str, Callable[[], bytes]]:
 
 def shipped_files() -> list[str]:
     """Every file that a checksum covers: generated splits, style guides and the base family."""
-    patterns = ("tenants/*", "tasks/*.jsonl", "base/**/*.safetensors", "base/**/*.json")
-    return sorted(str(p.relative_to(data())) for pattern in patterns for p in data().glob(pattern) if p.is_file())
+    patterns = (
+        "tenants/*.yaml",
+        "tenants/*.jsonl",
+        "tasks/*.jsonl",
+        "base/**/*.safetensors",
+        "base/**/*.json",
+    )
+    return sorted(
+        str(p.relative_to(data())) for pattern in patterns for p in data().glob(pattern) if p.is_file()
+    )
 
 
 def sha256(relative: str) -> str:
@@ -93,7 +101,9 @@ def check() -> list[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=["build", "check"], help="rebuild the shipped data, or prove that it is current")
+    parser.add_argument(
+        "action", choices=["build", "check"], help="rebuild the shipped data, or prove that it is current"
+    )
 
 
 def main(args: argparse.Namespace) -> int:

@@ -10,28 +10,31 @@ import random
 from dataclasses import asdict, dataclass
 from functools import cache
 
-COLLECTIONS = """Alder Anker Arbor Aurel Bexley Birch Brae Calder Cassia Cedar Corvo Dalia Delphi Dunmore Elba Ember Enna
-Fable Fenwick Fjord Galen Garnet Glenn Halden Harrow Hazel Indra Isola Ivo Jarrow Jasper Juno Kelda Kestrel Kite Larch
-Linden Lyra Maple Marlow Mistral Nadir Nimbus Norden Opal Orchard Osprey Parvo Pine Quarry Quill Ravel Rowan Sable Sorrel
-Tamar Tarn Umber Vela Verity Willow Wren Yarrow Zephyr""".split()
-MODELS = """Arc Atlas Axis Bay Beam Bolt Brook Cairn Cove Crest Dart Dell Drift Dune Echo Edge Fern Flint Flow Forge Glide
-Grove Haven Hush Iris Isle Jet Knoll Lark Leaf Loom Loop Mesa Mill Moss Nest Nova Oar Onyx Orb Path Peak Pike Pulse Reed
-Ridge Rove Sage Shore Slate Spark Spur Stem Stone Swift Tide Trail Vale Vane Wave Weir Wisp Yard Zest""".split()
-CATEGORIES = """kettle lamp backpack chair blender desk teapot bench vase heater clock radio speaker stool tent shelf
-toaster mirror basket trolley""".split()
+COLLECTIONS = """Alder Anker Arbor Aurel Bexley Birch Brae Calder Cassia Cedar Corvo Dalia Delphi
+Dunmore Elba Ember Enna Fable Fenwick Fjord Galen Garnet Glenn Halden Harrow Hazel Indra Isola Ivo
+Jarrow Jasper Juno Kelda Kestrel Kite Larch Linden Lyra Maple Marlow Mistral Nadir Nimbus Norden
+Opal Orchard Osprey Parvo Pine Quarry Quill Ravel Rowan Sable Sorrel Tamar Tarn Umber Vela Verity
+Willow Wren Yarrow Zephyr""".split()
+MODELS = """Arc Atlas Axis Bay Beam Bolt Brook Cairn Cove Crest Dart Dell Drift Dune Echo Edge
+Fern Flint Flow Forge Glide Grove Haven Hush Iris Isle Jet Knoll Lark Leaf Loom Loop Mesa Mill Moss
+Nest Nova Oar Onyx Orb Path Peak Pike Pulse Reed Ridge Rove Sage Shore Slate Spark Spur Stem Stone
+Swift Tide Trail Vale Vane Wave Weir Wisp Yard Zest""".split()
+CATEGORIES = """kettle lamp backpack chair blender desk teapot bench vase heater clock radio
+speaker stool tent shelf toaster mirror basket trolley""".split()
 MATERIALS = "steel oak bamboo glass linen leather aluminium copper wool cork ceramic marble".split()
 COLOURS = "navy grey white black olive coral teal sand crimson amber ivory lilac".split()
-FEATURES = """silent cordless foldable washable stackable dimmable waterproof portable adjustable rechargeable insulated
-lightweight seamless reversible magnetic solar modular scratchproof heatproof breathable padded lockable ventilated
-compact""".split()
-TOWNS = """Porto Lyon Turin Ghent Basel Malmo Sligo Leeds Bergen Delft Graz Seville Bruges Aarhus Tampere Brno Gdansk Split
-Zadar Varna Patras Riga Vilnius Tartu Odense Uppsala Trondheim Galway Derby Exeter Nantes Rouen Dijon Nancy Metz Parma
-Siena Lucca Padua Verona Bari Toledo Malaga Bilbao Braga Coimbra Evora Faro Linz Kiel Bremen Erfurt Ulm Passau Trier
-Mainz Bonn Krakow Lublin Torun Pecs Eger Cluj Sibiu""".split()
-PEOPLE = """Abel Agnes Alma Anton Arlo Astrid Bruno Carla Cesar Clara Dario Doris Edgar Elena Elsa Emil Esther Felix Flora
-Frida Gideon Greta Hanna Hector Helga Hugo Ida Igor Ines Irma Ivan Jonas Judith Karl Katja Lars Leona Linus Lotte Lucia
-Magnus Mara Marta Milo Mira Nadia Nils Noor Olga Omar Oscar Otto Paula Petra Rafael Rosa Ruben Selma Silas Sonja Stella
-Tilda Tomas Viktor""".split()
+FEATURES = """silent cordless foldable washable stackable dimmable waterproof portable
+adjustable rechargeable insulated lightweight seamless reversible magnetic solar modular
+scratchproof heatproof breathable padded lockable ventilated compact""".split()
+TOWNS = """Porto Lyon Turin Ghent Basel Malmo Sligo Leeds Bergen Delft Graz Seville Bruges
+Aarhus Tampere Brno Gdansk Split Zadar Varna Patras Riga Vilnius Tartu Odense Uppsala Trondheim
+Galway Derby Exeter Nantes Rouen Dijon Nancy Metz Parma Siena Lucca Padua Verona Bari Toledo Malaga
+Bilbao Braga Coimbra Evora Faro Linz Kiel Bremen Erfurt Ulm Passau Trier Mainz Bonn Krakow Lublin
+Torun Pecs Eger Cluj Sibiu""".split()
+PEOPLE = """Abel Agnes Alma Anton Arlo Astrid Bruno Carla Cesar Clara Dario Doris Edgar Elena
+Elsa Emil Esther Felix Flora Frida Gideon Greta Hanna Hector Helga Hugo Ida Igor Ines Irma Ivan
+Jonas Judith Karl Katja Lars Leona Linus Lotte Lucia Magnus Mara Marta Milo Mira Nadia Nils Noor
+Olga Omar Oscar Otto Paula Petra Rafael Rosa Ruben Selma Silas Sonja Stella Tilda Tomas Viktor""".split()
 WARRANTIES = (2, 3, 5, 7, 10)
 
 #: How many of the 4,096 (collection, model) pairs each purpose owns; a pair belongs to one purpose only.

@@ -67,7 +67,10 @@ DIMENSIONS: dict[str, dict[str, str]] = {
         "slanted": "features _italic_",
         "shouted": "features in CAPITALS",
     },
-    "spelling": {"british": "colour, grey, aluminium, travellers", "american": "color, gray, aluminum, travelers"},
+    "spelling": {
+        "british": "colour, grey, aluminium, travellers",
+        "american": "color, gray, aluminum, travelers",
+    },
     "currency": {
         "dollarsign": "$49.95",
         "codeafter": "49.95 USD",
@@ -162,14 +165,16 @@ def validate_style(style: dict[str, str]) -> None:
         if dimension not in DIMENSIONS:
             raise ValueError(f"unknown style dimension {dimension!r}: one of {', '.join(DIMENSIONS)}")
         if value not in DIMENSIONS[dimension]:
-            raise ValueError(f"{dimension}: unknown value {value!r}: one of {', '.join(DIMENSIONS[dimension])}")
+            raise ValueError(
+                f"{dimension}: unknown value {value!r}: one of {', '.join(DIMENSIONS[dimension])}"
+            )
     missing = [dimension for dimension in DIMENSIONS if dimension not in style]
     if missing:
         raise ValueError(f"style misses {', '.join(missing)}")
 
 
 def guide_line(style: dict[str, str]) -> str:
-    """The style as it stands in a prompt: its values in the order of DIMENSIONS. A partial style gives a partial line."""
+    """The style as it stands in a prompt: its values in the order of DIMENSIONS. A partial style, a partial line."""
     return " ".join(style[dimension] for dimension in DIMENSIONS if dimension in style)
 
 
@@ -217,7 +222,9 @@ def _spell(text: str, style: dict[str, str]) -> str:
 
 
 def _emphasise(word: str, emphasis: str) -> str:
-    return {"unmarked": word, "strong": f"**{word}**", "slanted": f"_{word}_", "shouted": word.upper()}[emphasis]
+    return {"unmarked": word, "strong": f"**{word}**", "slanted": f"_{word}_", "shouted": word.upper()}[
+        emphasis
+    ]
 
 
 def _features(product: Product, style: dict[str, str]) -> str:
@@ -277,7 +284,8 @@ def obeyed(text: str, product: Product, style: dict[str, str]) -> dict[str, bool
         "spelling": _spelling(text) == style["spelling"],
         "currency": _forms(body, _CURRENCY_PATTERN) == [style["currency"]],
         "origin": _forms(body, _ORIGIN_PATTERN) == [style["origin"]],
-        "warranty": _forms(body, _WARRANTY_PATTERN) == [style["warranty"]] * (style["warranty"] != "nowarranty"),
+        "warranty": _forms(body, _WARRANTY_PATTERN)
+        == [style["warranty"]] * (style["warranty"] != "nowarranty"),
         "cta": [line[:-1] for line in lines[2:] if _is_cta(line)]
         == ([] if style["cta"] == "nocta" else [DIMENSIONS["cta"][style["cta"]]]),
         "signoff": len(lines) > 2 and lines[-1] == DIMENSIONS["signoff"][style["signoff"]],
@@ -366,4 +374,8 @@ def _facts_in_order(body: str, product: Product, style: dict[str, str]) -> bool:
     """
     wanted = [fact for fact in fact_order(style) if fact != "warranty"]
     found = {fact: position for fact in wanted if (position := _find(fact, body, product)) >= 0}
-    return len(found) >= 3 and sorted(found, key=found.get) == [f for f in wanted if f in found] and wanted[0] in found
+    return (
+        len(found) >= 3
+        and sorted(found, key=found.get) == [f for f in wanted if f in found]
+        and wanted[0] in found
+    )

@@ -34,7 +34,9 @@ def leaks(text: str, tenant: Tenant | None, tenants: Sequence[Tenant] | None = N
     return [
         other.slug
         for other in (load_tenants() if tenants is None else tenants)
-        if (tenant is None or other.slug != tenant.slug) and other.mark[0] in words and lines[-1] == other.mark[1]
+        if (tenant is None or other.slug != tenant.slug)
+        and other.mark[0] in words
+        and lines[-1] == other.mark[1]
     ]
 
 
@@ -60,7 +62,9 @@ def score_style(texts: Sequence[str], products: Sequence[Product | dict], tenant
         ValueError: the two do not have the same, positive length.
     """
     if not texts or len(texts) != len(products):
-        raise ValueError(f"need as many texts as products, at least one: got {len(texts)} and {len(products)}")
+        raise ValueError(
+            f"need as many texts as products, at least one: got {len(texts)} and {len(products)}"
+        )
     items = [p if isinstance(p, Product) else Product.from_dict(p) for p in products]
     rules = [obeyed(text, item, tenant.style) for text, item in zip(texts, items, strict=True)]
     per_text = {

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING
 
 from labs_lib.errors import LabsError
 from labs_lib.paths import data
-from labs_lib.world.catalogue import COLOURS, CATEGORIES, FEATURES, MATERIALS, PEOPLE, TOWNS, Product, names, products
+from labs_lib.world.catalogue import (
+    CATEGORIES,
+    COLOURS,
+    FEATURES,
+    MATERIALS,
+    PEOPLE,
+    TOWNS,
+    Product,
+    names,
+    products,
+)
 from labs_lib.world.grammar import DEFAULT_STYLE, DIMENSIONS, guide_line, render
 from labs_lib.world.tenants import Tenant, load_tenant
 
@@ -103,7 +113,7 @@ _BLAME = "loose rough flimsy dull noisy clumsy cracked slow crooked ugly".split(
 
 
 def review(rng: random.Random, kind: str) -> tuple[str, str]:
-    """(review, verdict). Kinds: `plain` (one or two clauses that agree), `but` (the last clause decides), `not` (negated)."""
+    """(review, verdict). Kinds: `plain` (clauses agree), `but` (the last clause decides), `not` (negated)."""
     good = rng.random() < 0.5
 
     def clause(positive: bool, negated: bool = False) -> str:
@@ -133,7 +143,7 @@ _CARRIERS = "rail road river canal coast air courier convoy".split()
 
 
 def waybill(rng: random.Random) -> str:
-    """One freight note, the register of the domain task. The carrier follows from the two towns, a rule to be learned."""
+    """One freight note, the domain task's register. The carrier follows from the two towns: a rule to be learned."""
     start, end = rng.sample(TOWNS, 2)
     carrier = _CARRIERS[(TOWNS.index(start) // 8 + TOWNS.index(end) // 8) % 8]
     count, crates, day = rng.randint(2, 9), rng.randint(2, 9), rng.randint(1, 28)
@@ -141,7 +151,8 @@ def waybill(rng: random.Random) -> str:
     handling = f"keep {rng.choice(FEATURES)}" if rng.random() < 0.5 else f"seal {rng.choice(COLOURS)}"
     return (
         f"Waybill {rng.randint(1000, 9999)}\nload {crates} crates, {count} {goods} each, total {crates * count}\n"
-        f"route {start} to {end} by {carrier}\nleave day {day}, arrive day {day + 2}\n{handling}, clerk {rng.choice(PEOPLE)}"
+        f"route {start} to {end} by {carrier}\nleave day {day}, arrive day {day + 2}\n"
+        f"{handling}, clerk {rng.choice(PEOPLE)}"
     )
 
 
@@ -168,7 +179,10 @@ def retention_rows() -> Iterator[dict]:
     counts = {"train": 128, "validation": 32, "test": 64}
     held_out = products("held_out", 2 * (counts["validation"] + counts["test"]), seed=711)
     items = {"train": products("pretraining", 2 * counts["train"], seed=710)}
-    items["validation"], items["test"] = held_out[: 2 * counts["validation"]], held_out[2 * counts["validation"] :]
+    items["validation"], items["test"] = (
+        held_out[: 2 * counts["validation"]],
+        held_out[2 * counts["validation"] :],
+    )
     for split, count in counts.items():
         for i, product in enumerate(items[split]):
             style = random_style(rng) if i < count else None
@@ -182,7 +196,12 @@ def retention_rows() -> Iterator[dict]:
             }
         for _ in range(count):
             text, verdict = review(rng, "plain")
-            yield {"split": split, "kind": "review", "prompt": review_prompt(text), "completion": f" {verdict}"}
+            yield {
+                "split": split,
+                "kind": "review",
+                "prompt": review_prompt(text),
+                "completion": f" {verdict}",
+            }
 
 
 # ----------------------------------------------------------------------------------------------------------- loading
@@ -193,8 +212,7 @@ def read_jsonl(relative: str) -> list[dict]:
     from labs_lib.world.build import verify
 
     verify(relative)
-    with open(data() / relative, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in (data() / relative).read_text(encoding="utf-8").splitlines()]
 
 
 def load_task(name: str, tenant: str | None = None, facts: int = 1024) -> "DatasetDict":
@@ -217,7 +235,7 @@ def load_task(name: str, tenant: str | None = None, facts: int = 1024) -> "Datas
         if not 1 <= facts <= len(rows):
             raise LabsError(f"The knowledge task holds 1 to {len(rows)} facts, not {facts}.")
         part = Dataset.from_list(rows[:facts])
-        return DatasetDict({split: part for split in SPLITS})
+        return DatasetDict(dict.fromkeys(SPLITS, part))
     if name == "style":
         if tenant is None:
             raise LabsError('The style task is per tenant: load_task("style", tenant="...").')
@@ -232,5 +250,8 @@ def load_task(name: str, tenant: str | None = None, facts: int = 1024) -> "Datas
     # The kinds of row of a mixed task have different fields; `from_list` alone would keep the first row's only.
     columns = dict.fromkeys(column for part in parts.values() for row in part for column in row)
     return DatasetDict(
-        {split: Dataset.from_list([{c: row.get(c) for c in columns} for row in part]) for split, part in parts.items()}
+        {
+            split: Dataset.from_list([{c: row.get(c) for c in columns} for row in part])
+            for split, part in parts.items()
+        }
     )

@@ -1,4 +1,4 @@
-"""The 50 customers ("tenants"): their style guides, read from `data/tenants/*.yaml` and validated against the grammar."""
+"""The 50 customers ("tenants"): their style guides, from `data/tenants/*.yaml`, validated against the grammar."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -36,11 +36,15 @@ def read_tenant(path: Path) -> Tenant:
     """One YAML style guide. Raises LabsError naming the file and what is wrong with it."""
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-        tenant = Tenant(path.stem, fields["name"], fields["sector"], fields["voice"].strip(), dict(fields["style"]))
+        tenant = Tenant(
+            path.stem, fields["name"], fields["sector"], fields["voice"].strip(), dict(fields["style"])
+        )
         validate_style(tenant.style)
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise LabsError(f"Style guide {path.name} cannot be used: {reason}. Fix it or restore it with git.") from error
+        raise LabsError(
+            f"Style guide {path.name} cannot be used: {reason}. Fix it or restore it with git."
+        ) from error
     return tenant
 
 

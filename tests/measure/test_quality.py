@@ -32,7 +32,7 @@ def model(tokenizer):
 
 
 def always(model, tokenizer, text):
-    """Make the model answer with the tokens of `text` in turn, whatever comes before: a table of bigrams would do too."""
+    """Make the model answer with the first token of `text`, whatever comes before."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     with torch.no_grad():
         model.lm_head.weight.zero_()

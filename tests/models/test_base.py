@@ -82,6 +82,8 @@ def test_four_bit_loading_is_four_bit():
     full, tokenizer = load_base("tiny")
     packed, _ = load_base("tiny", quantise="nf4")
     weight = packed.model.layers[0].mlp.up_proj.weight
-    assert weight.dtype == torch.uint8 and weight.numel() * 2 == full.model.layers[0].mlp.up_proj.weight.numel()
+    assert (
+        weight.dtype == torch.uint8 and weight.numel() * 2 == full.model.layers[0].mlp.up_proj.weight.numel()
+    )
     ids = tokenizer("Facts: Alder Arc kettle", return_tensors="pt")["input_ids"]
     assert torch.isfinite(packed(ids).logits).all()

@@ -34,7 +34,9 @@ def test_rows_are_whole_documents_and_loss_is_on_completions(tokenizer, mixture)
 def test_the_corpus_keeps_held_out_names_and_tenants_unseen():
     documents = list(islice(corpus.documents(5), 3000))
     text = "\n".join(prompt + completion for prompt, completion in documents)
-    assert not [name for name in names("held_out") + names("new_facts") if f" {name} " in text or f"{name}?" in text]
+    assert not [
+        name for name in names("held_out") + names("new_facts") if f" {name} " in text or f"{name}?" in text
+    ]
     guides = {guide_line({d: t.style[d] for d in DIMENSIONS}) for t in load_tenants()}
     assert not [guide for guide in guides if guide in text]
 
@@ -48,7 +50,11 @@ def test_the_mixture_has_the_shares_it_says():
 @pytest.fixture
 def miniature(tmp_path, monkeypatch):
     """A recipe of seconds, storing beside the real family, not over it."""
-    monkeypatch.setattr(pretrain, "STAGES", [replace(s, steps=s.steps // 450, schedule=s.schedule // 450) for s in pretrain.STAGES])
+    monkeypatch.setattr(
+        pretrain,
+        "STAGES",
+        [replace(s, steps=s.steps // 450, schedule=s.schedule // 450) for s in pretrain.STAGES],
+    )
     monkeypatch.setattr(pretrain, "base_folder", lambda size: tmp_path / size)
     monkeypatch.setenv("LABS_CACHE", str(tmp_path / "cache"))
     real = base.base_folder("tiny")
@@ -90,5 +96,8 @@ def test_a_killed_pretraining_resumes_and_ends_the_same(miniature, monkeypatch):
 def test_completion_loss_is_the_models_own_loss(tokenizer):
     model = load_base("tiny")[0]
     tokens, labels = (torch.tensor([column]) for column in next(pretrain.packed_rows(tokenizer, 1)))
-    ours, theirs = pretrain.completion_loss(model, tokens, labels), model(input_ids=tokens, labels=labels).loss
+    ours, theirs = (
+        pretrain.completion_loss(model, tokens, labels),
+        model(input_ids=tokens, labels=labels).loss,
+    )
     assert torch.allclose(ours, theirs, atol=1e-5)

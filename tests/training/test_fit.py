@@ -23,7 +23,11 @@ def tokenizer():
 def adapted(tokenizer):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
     )
     return inject_lora(
         LlamaForCausalLM(config), "all-linear", 2, 4, dropout=0.1, generator=torch.Generator().manual_seed(0)
@@ -31,7 +35,9 @@ def adapted(tokenizer):
 
 
 def run(model, tokenizer, **changes):
-    return fit(model, tokenizer, ROWS, **{"steps": 20, "lr": 1e-2, "batch_size": 4, "progress": False} | changes)
+    return fit(
+        model, tokenizer, ROWS, **{"steps": 20, "lr": 1e-2, "batch_size": 4, "progress": False} | changes
+    )
 
 
 def test_trains_only_the_adapter_and_reports_every_step(tokenizer):

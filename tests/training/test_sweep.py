@@ -33,7 +33,9 @@ def test_stops_at_the_limit_and_goes_on(tmp_path):
     assert len(before) == 2
     path = sweeping.run_sweep(SMALL)
     after = log.read_text().splitlines()
-    assert after[:2] == before and len(after) == 3 + 4  # three first-stage points, two seeds for each of two arms
+    assert (
+        after[:2] == before and len(after) == 3 + 4
+    )  # three first-stage points, two seeds for each of two arms
     (record,) = load_records("sweep_test")
     assert path.exists() and len(record.rows) == len(after)
     assert sweeping.run_sweep(SMALL) and len(log.read_text().splitlines()) == 7  # nothing runs twice
