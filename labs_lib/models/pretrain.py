@@ -184,6 +184,7 @@ def pretrain(size: str, scale: float = 1.0, batch: int = RECIPE["batch"], lr: fl
         "stages": stages,
     }
     model.to(getattr(torch, STORED_DTYPE[size])).save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes it private
     (folder / "training_log.json").write_text(json.dumps(log) + "\n", encoding="utf-8")
     return folder
 

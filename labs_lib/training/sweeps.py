@@ -97,7 +97,6 @@ SWEEPS = {
                 Arm("LoRA r3, MLP", rank=3, alpha=6, targets=MLP),
                 _R2,
                 _R8,
-                Arm("LoRA r8, all linear, alpha 4", rank=8, alpha=4),
                 Arm("LoRA r8, all linear, alpha 64", rank=8, alpha=64),
                 _R64,
                 Arm("DoRA r8, all linear", method="dora"),
