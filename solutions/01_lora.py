@@ -338,12 +338,12 @@ print(f"tokens in a prompt: {plain:.1f} without the guide, {told:.1f} with it ({
 # enough, and so, nearly, is any method of this course. Compare methods on something harder.
 
 # %% [markdown]
-# **New knowledge.** 1,024 facts that the base has never seen, asked closed-book. Each answer is one of 64, drawn
-# independently: 6 bits per fact, 6,144 bits in all, and nothing to generalise from. How many parameters does it
+# **New knowledge.** 512 facts that the base has never seen, asked closed-book. Each answer is one of 64, drawn
+# independently: 6 bits per fact, 3,072 bits in all, and nothing to generalise from. How many parameters does it
 # take to store them?
 
 # %%
-facts = load_task("knowledge", facts=1024)
+facts = load_task("knowledge", facts=512)
 print(facts["train"][0]["prompt"] + facts["train"][0]["completion"])
 sweep = load_record("sweep_lora_rank", device="cpu")
 print(sweep)
@@ -395,7 +395,7 @@ else:
 # *You should see* recall rise with the rank, and the bits per parameter fall once the facts fit.
 
 # %%
-def stored_bits(share, facts=1024, answers=64):
+def stored_bits(share, facts=512, answers=64):
     """Bits that a recall of `share` proves: 6 per fact known, those guessed right taken off."""
     return 6 * facts * max(0.0, (share - 1 / answers) / (1 - 1 / answers))
 
@@ -431,7 +431,7 @@ def draw_curve():
     finding(left, f"LoRA's rank buys recall: {low.value:.0f} % to {high.value:.0f} %", "trained parameters",
             "new facts recalled (%)")
     finding(right, f"LoRA stores up to {most:.2f} bits per parameter", "trained parameters", "bits per parameter")
-    show(fig, alt=f"Left, recall of 1,024 new facts against trained parameters: LoRA from {low.value:.0f} to "
+    show(fig, alt=f"Left, recall of 512 new facts against trained parameters: LoRA from {low.value:.0f} to "
          f"{high.value:.0f} percent. Right, bits stored per parameter: at most {most:.2f}, less for larger ranks.")
 
 
