@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import quote
 
 from labs_lib.errors import LabsError
 from labs_lib.paths import root
@@ -34,7 +35,13 @@ def main(args: argparse.Namespace) -> int:
     if not (home / args.notebook).is_file():
         raise LabsError(f"There is no notebook {args.notebook} in {home}: `labs build` writes the notebooks.")
     quiet_jupyter()
-    command = [sys.executable, "-m", "jupyter", "lab", args.notebook]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyter",
+        "lab",
+        f"--LabApp.default_url=/lab/tree/{quote(args.notebook)}",
+    ]
     command += [f"--ServerApp.root_dir={home}", f"--ServerApp.ip={args.ip}", f"--ServerApp.port={args.port}"]
     command += [f"--ServerApp.port_retries={TRIES}", *(["--no-browser"] if args.no_browser else [])]
     if hasattr(os, "geteuid") and os.geteuid() == 0:  # containers and rented GPUs; Jupyter refuses without it

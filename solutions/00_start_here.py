@@ -360,7 +360,7 @@ ax.set_xlim(0, 100)
 ax.grid(axis="x")
 ax.grid(visible=False, axis="y")
 ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
-means = [f"{estimates[way, 'compliance'].value:.0%}" for way in ("base", "guide")]
+means = [f"{estimates[way, 'compliance'].value:.1%}" for way in ("base", "guide")]
 finding(
     ax,
     f"Rules obeyed: {means[0]} by the base model, {means[1]} with a guide in the prompt",
@@ -469,7 +469,7 @@ print(
 from labs_lib import fit
 
 retrained = copy.deepcopy(model)
-run = fit(retrained, tokenizer, data["train"][:], steps=lab.steps(60), lr=1e-3, batch_size=16, seed=lab.seed)
+run = fit(retrained, tokenizer, data["train"][:], steps=lab.steps(40), lr=1e-3, batch_size=16, seed=lab.seed)
 
 # %% [markdown]
 # *You should see* Fathom Eleven's voice without a word of instruction. But look at the last two columns as well.
@@ -535,21 +535,22 @@ left = np.zeros(len(plans))
 shades = plt.get_cmap("cividis")([0.05, 0.5, 0.92])
 for (title, part), shade in zip(parts.items(), shades, strict=True):
     size = np.array([getattr(held, part) / 1e9 for held in plans.values()])
-    ax.barh(list(plans), size, left=left, color=shade, label=title, height=0.62)
+    names = [label.replace(", ", "\n", 1) for label in plans]
+    ax.barh(names, size, left=left, color=shade, label=title, height=0.62)
     left += size
 for row, total in enumerate(left):
-    ax.annotate(f"{total:.1f}", (total, row), xytext=(4, -3), textcoords="offset points", size=9)
+    ax.text(total + 1, row, f"{total:.1f}", size=9, va="center", bbox={"color": "white", "pad": 1})
 for card in (24, 80):
     end = card * 2**30 / 1e9  # cards are sold in units of 2**30 bytes
-    ax.axvline(end, color="#333333", linestyle="--", linewidth=1)
+    ax.axvline(end, color="#333333", linestyle="--", linewidth=1, zorder=1.5)
     ax.text(end, -0.55, f"{card} GB card", size=8.5, ha="center", va="bottom")
 ax.invert_yaxis()
 ax.grid(axis="x")
 ax.grid(visible=False, axis="y")
 ax.margins(x=0.08)
-ax.legend(loc="lower right")
+ax.legend(loc="lower center")
 fitting = sum(total < 24 * 2**30 / 1e9 for total in left[:3])
-title = f"Of three ways to retrain all of Llama-2-7B, {fitting or 'none'} fits on a 24 GB card\n"
+title = f"Full fine-tuning of a 7B model: {fitting} of 3 plans fit a 24 GB card\n"
 finding(ax, title, "memory held between steps (GB)")
 listed = "; ".join(f"{label}: {total:.1f} GB" for label, total in zip(plans, left, strict=True))
 show(fig, alt=f"Stacked bars of weights, gradients and Adam's states for Llama-2-7B. {listed}.")

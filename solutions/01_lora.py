@@ -268,30 +268,33 @@ for method, rate in rates.items():
     scores[method] = style_quality(models[method], tokenizer, test, tenant)
 
 # %% tags=["hide-input"]
-from labs_lib.measure import bootstrap_ci, wilson_ci
-from labs_lib.world.tasks import known_facts
-from labs_lib.measure.quality import recall
+from labs_lib.measure import steps_to_threshold, wilson_ci
 
 n = len(test["prompt"])
 exact = {name: wilson_ci(round(score.exact * n), n) for name, score in scores.items()}
 fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
 for name, run in runs.items():
     left.plot(range(1, run.steps + 1), run.losses, color=look(name).color, label=look(name).label)
+left.set_yscale("log")
 left.legend()
-finding(left, f"Losses end at {runs['lora'].final_loss:.2f} and {runs['full'].final_loss:.2f}", "step",
+reached = {look(name).label: steps_to_threshold(run.losses, 0.1, weight=0) for name, run in runs.items()}
+finding(left, "Steps to a loss of 0.1: " + ", ".join(f"{label} {step}" for label, step in reached.items()), "step",
         "training loss (nats per token)")
 for row, (name, share) in enumerate(exact.items()):
-    right.barh(row, 100 * share.value, color=look(name).color, height=0.6)
-    right.plot([100 * share.lo, 100 * share.hi], [row, row], color="#333333", linewidth=1.4)
+    ends = [[100 * (share.value - share.lo)], [100 * (share.hi - share.value)]]
+    right.errorbar(100 * share.value, row, xerr=ends, color=look(name).color, marker=look(name).marker, markersize=8)
 right.set_yticks(range(len(exact)), [look(name).label for name in exact])
-right.invert_yaxis()
-right.grid(visible=False, axis="y")
-right.set_xlim(0, 103)
+right.set(xlim=(-3, 103), ylim=(len(exact) - 0.5, -0.5))
+right.grid(axis="x")
 finding(right, f"Without a guide: {exact['base'].value:.0%} before, {exact['lora'].value:.0%} after", "exact texts (%)")
-show(fig, alt="Left, training loss per step of LoRA and full fine-tuning. Right, share of exact texts: "
+show(fig, alt="Left, training loss per step of LoRA and full fine-tuning. Right, share of exact texts with intervals: "
      + ", ".join(f"{look(name).label} {share.value:.0%}" for name, share in exact.items()) + ".")
 
 # %%
+from labs_lib.measure import bootstrap_ci
+from labs_lib.measure.quality import recall
+from labs_lib.world.tasks import known_facts
+
 known = known_facts()[: lab.rows(512)]
 known = {column: [fact[column] for fact in known] for column in ("prompt", "completion")}
 
@@ -338,13 +341,16 @@ print(f"tokens in a prompt: {plain:.1f} without the guide, {told:.1f} with it ({
 # enough, and so, nearly, is any method of this course. Compare methods on something harder.
 
 # %% [markdown]
-# **New knowledge.** 512 facts that the base has never seen, asked closed-book. Each answer is one of 64, drawn
-# independently: 6 bits per fact, 3,072 bits in all, and nothing to generalise from. How many parameters does it
-# take to store them?
+# **New knowledge.** Facts that the base has never seen, asked closed-book. Each answer is one of 64, drawn independently:
+# 6 bits per fact, and nothing to generalise from. How many parameters does it take to store them?
 
 # %%
-facts = load_task("knowledge", facts=512)
+from labs_lib.training.sweeps import SWEEPS
+
+task = SWEEPS["lora_rank"].tasks[0]
+facts = load_task("knowledge", facts=task.facts)
 print(facts["train"][0]["prompt"] + facts["train"][0]["completion"])
+print(f"{task.facts} facts, {6 * task.facts:,} bits; training shows each {task.steps * task.batch / task.facts:.0f} times")
 sweep = load_record("sweep_lora_rank", device="cpu")
 print(sweep)
 final = [row for row in sweep.rows if row["stage"] == "final"]
@@ -352,8 +358,8 @@ recorded = [row for row in final if row["arm"]["name"] == "LoRA r1, all"]
 lr, seed = (recorded[0]["lr"], recorded[0]["seed"]) if recorded else (1e-2, 1)
 
 # %% [markdown]
-# **Predict**: rank 1 on all linear layers, 300 batches of 64 facts. What percentage of the new facts will the model
-# recall? (Guessing gets one in 64.)
+# **Predict**: rank 1 on all linear layers has three parameters for each bit. What percentage of the new facts will the
+# model recall? (Guessing gets one in 64.)
 
 # %%
 ### BEGIN SOLUTION
@@ -373,7 +379,8 @@ from statistics import fmean
 
 model, _ = lab.base()
 inject_lora(model, "all-linear", rank=1, alpha=2, generator=torch.Generator().manual_seed(seed))
-run = fit(model, tokenizer, facts["train"][:], steps=lab.steps(300), lr=shrink * lr, batch_size=64, seed=seed)
+run = fit(model, tokenizer, facts["train"][:], steps=lab.steps(task.steps), lr=shrink * lr, batch_size=task.batch,
+          seed=seed)
 live = fmean(recall(model, tokenizer, facts["test"][:]))
 print(f"{run.trainable_parameters:,} parameters recall {live:.1%} of the new facts; you predicted {predict_recall} %")
 
@@ -392,12 +399,13 @@ else:
 # **The curve.** Each point of the record is trained at its own best learning rate, on three seeds. We count the
 # bits that are stored beyond guessing, and divide by the parameters that were trained.
 #
-# *You should see* recall rise with the rank, and the bits per parameter fall once the facts fit.
+# *You should see* recall rise with the parameters. The bits per parameter peak where the facts just fit: beyond, the
+# extra parameters are idle. Before, they sit where little can be stored: $q$ only decides where to look.
 
 # %%
-def stored_bits(share, facts=512, answers=64):
+def stored_bits(share, answers=64):
     """Bits that a recall of `share` proves: 6 per fact known, those guessed right taken off."""
-    return 6 * facts * max(0.0, (share - 1 / answers) / (1 - 1 / answers))
+    return 6 * task.facts * max(0.0, (share - 1 / answers) / (1 - 1 / answers))
 
 
 arms = {}
@@ -421,9 +429,9 @@ def draw_curve():
         left.errorbar(params, [s.value for s in shares], yerr=errors, **colour)
         right.plot(params, [stored_bits(s.value / 100) / p for s, p in zip(shares, params, strict=True)], **colour)
         if method == "lora":
-            low, high, most = shares[0], shares[-1], max(y for y in right.lines[-1].get_ydata())
+            low, high, most = shares[0], shares[-1], max(right.lines[-1].get_ydata())
     grid = [2**i for i in range(9, 21)]
-    left.plot(grid, [100 * min(1, 2 * p / 6144) for p in grid], ":", color="#7A7A7A", label="2 bits per parameter")
+    left.plot(grid, [100 * min(1, 2 * p / (6 * task.facts)) for p in grid], ":", color="#7A7A7A", label="2 bits per parameter")
     left.set(xscale="log", ylim=(0, 105))
     left.legend(loc="lower right")
     right.set(xscale="log", yscale="log")
@@ -431,7 +439,7 @@ def draw_curve():
     finding(left, f"LoRA's rank buys recall: {low.value:.0f} % to {high.value:.0f} %", "trained parameters",
             "new facts recalled (%)")
     finding(right, f"LoRA stores up to {most:.2f} bits per parameter", "trained parameters", "bits per parameter")
-    show(fig, alt=f"Left, recall of 512 new facts against trained parameters: LoRA from {low.value:.0f} to "
+    show(fig, alt=f"Left, recall of {task.facts} new facts against trained parameters: LoRA from {low.value:.0f} to "
          f"{high.value:.0f} percent. Right, bits stored per parameter: at most {most:.2f}, less for larger ranks.")
 
 
@@ -442,15 +450,15 @@ else:
 
 # %% [markdown]
 # The dotted line is a yardstick: whole models, trained for long, were reported to store about 2 bits per parameter
-# ([Allen-Zhu & Li, 2024](https://arxiv.org/abs/2404.05405)). Above it no adapter should be; below it, training was
-# too short or the place was wrong.
+# ([Allen-Zhu & Li, 2024](https://arxiv.org/abs/2404.05405)), with a thousand exposures to each fact. This adapter
+# has a few dozen, and works on top of weights that were trained for other facts.
 
 # %% [markdown] tags=["takeaway"]
 # The rank is a budget of bits. A style costs next to nothing; facts are paid for one by one. So ask first whether
 # your task chooses among things the model knows, or must store things it does not.
 
 # %% [markdown]
-# **Forgetting.** The base also knew 1,024 facts of its own. Nobody asked it to forget them, and LoRA never touches
+# **Forgetting.** The base also knew facts of its own. Nobody asked it to forget them, and LoRA never touches
 # $W$: does that protect them? **Predict** which keeps more of the old facts: rank 1, rank 16, or full fine-tuning.
 
 # %% tags=["hide-input"]
@@ -464,11 +472,13 @@ def draw_forgetting():
         style_of = {"color": look(method).color, "marker": look(method).marker}
         ax.plot(new, old, linestyle="", alpha=0.3, **style_of)
         ax.plot(*means[name], markersize=9, **style_of)
-        ax.annotate(name.removeprefix("LoRA "), means[name], xytext=(7, 5), textcoords="offset points", size=9)
+        above = len(means) % 2
+        ax.annotate(name.removeprefix("LoRA "), means[name], xytext=(7, 6 if above else -13),
+                    textcoords="offset points", size=9)
     reference(ax, 100 * fmean(recall(base, tokenizer, known)), "base model")
     largest = [name for name in arms if name.startswith("LoRA")][-1]
     kept = {name: means[name][1] for name in (largest, "full fine-tuning")}
-    ax.set(xlim=(0, 112), ylim=(0, 108))
+    ax.set(xlim=(0, 118), ylim=(0, 108))
     finding(ax, "Old facts kept: " + ", ".join(f"{name} {share:.0f} %" for name, share in kept.items()),
             "new facts recalled (%)", "old facts still recalled (%)")
     show(fig, alt="Old facts kept against new facts learned, a point per rank and seed: "

@@ -101,7 +101,7 @@ class Manifest:
                 '                              "`make lab` in a clone of the course, or `pip install -e .` there.")\n'
             )
         branch = f" --branch {shlex.quote(self.release)}" if self.release else ""
-        clone = f"git clone -q --depth 1{branch} {shlex.quote(self.repository)} {CLONE}"
+        clone = f"git -c advice.detachedHead=false clone -q --depth 1{branch} {shlex.quote(self.repository)} {CLONE}"
         install = f"{CLONE}/labs_lib/lab/install.py"
         return (
             "import importlib.util, subprocess, sys\n\n"

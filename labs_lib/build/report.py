@@ -3,7 +3,7 @@
 import argparse
 import html
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def page(notebook: Path, target: Path, title: str) -> None:
     content = read_notebook(notebook)
     for cell in content.cells:
         if cell.cell_type == "code":
-            cell.outputs = [nbformat.from_dict(_with_alt(output)) for output in clean_outputs(cell.outputs)]
+            cell.outputs = [nbformat.from_dict(output) for output in _with_alt(clean_outputs(cell.outputs))]
         else:  # a link to another lab leads to its page
             cell.source = cell.source.replace(".ipynb)", ".html)").replace("(README.md)", "(index.html)")
     content.metadata["title"] = title
@@ -39,14 +39,22 @@ def page(notebook: Path, target: Path, title: str) -> None:
     target.write_text(body, encoding="utf-8")
 
 
-def _with_alt(output: dict) -> dict:
-    """nbconvert shows no alt text of a PNG: put the image in as the HTML it would have made, with its alt text."""
-    data, about = output.get("data", {}), output.get("metadata", {}).get("image/png", {})
-    if "image/png" not in data or not about.get("alt"):
-        return output
-    width = f' width="{about["width"]}"' if about.get("width") else ""
-    image = f'<img alt="{html.escape(about["alt"])}"{width} src="data:image/png;base64,{data["image/png"].strip()}">'
-    return {**output, "data": {"text/html": image, "text/plain": about["alt"]}, "metadata": {}}
+def _with_alt(outputs: list[dict]) -> Iterator[dict]:
+    """nbconvert shows no alt text of a PNG: put the image in as the HTML it would have made, with its alt text.
+
+    The line for screen readers that `show` puts after a figure would then be read twice, and is left out.
+    """
+    alt = ""
+    for output in outputs:
+        data, about = output.get("data", {}), output.get("metadata", {}).get("image/png", {})
+        if alt and data.get("text/html", "").endswith(f"Figure: {alt}</div>"):
+            continue
+        alt = html.escape(about.get("alt", ""))
+        if "image/png" in data and alt:
+            width = f' width="{about["width"]}"' if about.get("width") else ""
+            image = f'<img alt="{alt}"{width} src="data:image/png;base64,{data["image/png"].strip()}">'
+            output = {**output, "data": {"text/html": image, "text/plain": about["alt"]}, "metadata": {}}
+        yield output
 
 
 def index(tasks: Sequence[Task], results: Sequence[Result]) -> str:

@@ -47,7 +47,10 @@ def test_install_lines_without_an_address_say_what_to_do(manifest):
 def test_install_lines_with_an_address_clone_its_release(manifest):
     lines = at(manifest, "file:///srv/my course", "v1.2").bootstrap()
     ast.parse(lines)
-    assert "git clone -q --depth 1 --branch v1.2 'file:///srv/my course' peft-labs" in lines
+    assert (
+        "git -c advice.detachedHead=false clone -q --depth 1 --branch v1.2 'file:///srv/my course' peft-labs"
+        in lines
+    )
     assert "--branch" not in at(manifest, "file:///srv/course").bootstrap()
     assert len(lines.splitlines()) <= 7
     exec(lines, {})  # labs_lib is here: nothing is cloned

@@ -115,6 +115,7 @@ def test_an_untouched_student_notebook_runs_and_says_todo_for_every_check(execut
 def test_a_page_shows_alt_text_and_folds_hidden_cells(executed, tmp_path):
     report.page(executed.path(executed.manifest.labs[0], SOLUTION), tmp_path / "page.html", "Lab 90")
     page = (tmp_path / "page.html").read_text()
+    assert page.count("A line from half an egg at step 1 to a dozen at step 2.") == 1
     assert 'alt="A line from half an egg at step 1 to a dozen at step 2."' in page
     assert "subplots" not in page
     assert 'href="91_after.html"' in page

@@ -7,6 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+import urllib.error
 import urllib.request
 from importlib import import_module
 from importlib.util import find_spec
@@ -96,6 +99,19 @@ def test_every_command_has_a_room_with_help(command, capsys):
 # --- labs lab
 
 
+def fetch(url: str) -> dict:
+    """The address is printed a moment before the server listens."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with urllib.request.urlopen(url) as answer:
+                return json.load(answer)
+        except urllib.error.URLError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
 def test_jupyterlab_opens_the_first_notebook_also_when_the_port_is_taken(tmp_path):
     """For real: the server starts, names the address of the notebook, and gives the notebook out."""
     with socket.socket() as taken:
@@ -112,6 +128,8 @@ def test_jupyterlab_opens_the_first_notebook_also_when_the_port_is_taken(tmp_pat
             text=True,
             start_new_session=True,
         )
+        watchdog = threading.Timer(240, os.killpg, (server.pid, signal.SIGKILL))
+        watchdog.start()
         try:
             words = []
             for line in server.stdout:
@@ -124,9 +142,10 @@ def test_jupyterlab_opens_the_first_notebook_also_when_the_port_is_taken(tmp_pat
             else:
                 pytest.fail("".join(words))
             used, notebook, token = address.groups()
-            with urllib.request.urlopen(f"http://localhost:{used}/api/contents/{notebook}?{token}") as answer:
-                assert json.load(answer)["path"] == launch.FIRST
+            contents = fetch(f"http://localhost:{used}/api/contents/{notebook}?{token}")
+            assert contents["path"] == launch.FIRST
         finally:
+            watchdog.cancel()
             os.killpg(server.pid, signal.SIGKILL)
             server.communicate()
     assert int(used) != port
