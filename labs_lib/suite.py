@@ -14,7 +14,7 @@ PYTHON = (sys.executable, "-m")
 LABS = (*PYTHON, "labs_lib")
 # group, what it shows, command
 STEPS = (
-    ("lint", "Ruff finds no fault", (*PYTHON, "ruff", "check", ".")),
+    ("lint", "Ruff finds no fault", (*PYTHON, "ruff", "check", "--output-format=concise", ".")),
     ("lint", "Ruff would format nothing", (*PYTHON, "ruff", "format", "--check", ".")),
     ("lint", "Notebooks agree with their sources", (*LABS, "build", "--check")),
     (
@@ -25,9 +25,9 @@ STEPS = (
     ("notebooks", "Student notebooks, untouched", (*LABS, "run", "--student", "--profile", "smoke")),
     ("notebooks", "Solutions, strict", (*LABS, "run", "--solution", "--strict", "--profile", "smoke")),
 )
-# Tests must pass without a network; with one they must not depend on it. One thread per test process.
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg", "PYTHONUNBUFFERED": "1"}
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+# Nothing may need a network, or depend on there being one. Side by side, each unit test's process has one thread.
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+UNIT = {"MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
             continue
         print(f"\n== {title}", flush=True)
         start = time.monotonic()
-        own = {**environ, **ONE_THREAD} if group == "unit" else environ
+        own = environ | UNIT if group == "unit" else environ
         status = subprocess.run(command, cwd=root(), env=own, check=False).returncode
         times.append(f"{time.monotonic() - start:6.0f} s  {title}")
         if status:

@@ -363,7 +363,7 @@ ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
 means = [f"{estimates[way, 'compliance'].value:.1%}" for way in ("base", "guide")]
 finding(
     ax,
-    f"Rules obeyed: {means[0]} by the base model, {means[1]} with a guide in the prompt",
+    f"Rules obeyed: {means[0]} by the base model, {means[1]} with a guide",
     f"texts that obey the rule (%), {len(asked)} customers",
 )
 low, high = ({way: f"{end(per_rule[way].values()):.0f}" for way in per_rule} for end in (min, max))
@@ -463,16 +463,19 @@ print(
 )
 
 # %% [markdown]
-# **Now retrain it.** All weights of a copy, on Fathom Eleven's 128 approved texts, no guide in any prompt.
+# **Now retrain it.** All weights of a copy, on Fathom Eleven's 128 approved texts, no guide in any prompt. Twice, with
+# two learning rates: **predict** what the higher one changes.
 
 # %%
 from labs_lib import fit
 
-retrained = copy.deepcopy(model)
-run = fit(retrained, tokenizer, data["train"][:], steps=lab.steps(40), lr=1e-3, batch_size=16, seed=lab.seed)
+retrained = {rate: copy.deepcopy(model) for rate in (3e-4, 1e-3)}
+for rate, copied in retrained.items():
+    fit(copied, tokenizer, data["train"][:], steps=lab.steps(40), lr=rate, batch_size=16, seed=lab.seed)
 
 # %% [markdown]
-# *You should see* Fathom Eleven's voice without a word of instruction. But look at the last two columns as well.
+# *You should see* Fathom Eleven's voice without a word of instruction. The other columns ask what became of the rest:
+# the old facts, and Aldermoor Tea's copy, with Aldermoor Tea's guide in the prompt.
 
 # %%
 from labs_lib.measure.quality import style_quality
@@ -480,28 +483,31 @@ from labs_lib.measure.quality import style_quality
 other = voices[1]
 own_rows = data["test"][: lab.rows(32)]
 other_rows = load_task("style", tenant=other.slug)["test"][: lab.rows(32)]
-results = []
-for label, which, told in (
-    ("base", model, False),
-    ("base, told by a guide", model, True),
-    ("retrained", retrained, False),
-):
+
+
+def report(which, told=False):
+    """What a model does for the customer it was trained for, and for the rest of the world."""
     own = style_quality(which, tokenizer, own_rows, tenant, guided=told)
     foreign = style_quality(which, tokenizer, other_rows, other, guided=True)
-    results.append(
-        {
-            "model": label,
-            f"{tenant.name}: rules": f"{own.compliance:.2f}",
-            "texts exact": f"{own.exact:.2f}",
-            "old facts kept": f"{recalled(which, old_facts).value:.2f}",
-            f"{other.name}'s rules, told": f"{foreign.compliance:.2f}",
-        }
-    )
+    return {
+        f"{tenant.name}'s rules": f"{own.compliance:.2f}",
+        "old facts kept": f"{recalled(which, old_facts).value:.2f}",
+        f"{other.name}'s rules": f"{foreign.compliance:.2f}",
+        "in another's name": f"{foreign.leakage:.2f}",
+    }
+
+
+results = [{"model": "base"} | report(model), {"model": "base, with a guide"} | report(model, told=True)]
+results += [{"model": f"retrained, rate {rate:g}"} | report(copied) for rate, copied in retrained.items()]
 table(results)
 
+# %% [markdown]
+# *In another's name*: the share of Aldermoor Tea's texts that bear another customer's house word and sign-off. One
+# customer and one seed are an illustration; lab 01 measures forgetting properly.
+
 # %% [markdown] tags=["takeaway"]
-# A retrained copy has the voice in its weights and needs no guide. From then on it is one customer's model: fifty
-# customers are fifty copies.
+# A retrained copy has the voice in its weights and needs no guide. How much else it unlearns, the learning rate
+# decides. Either way it is one customer's model from then on, and fifty customers are fifty copies.
 
 # %% [markdown]
 # ## 5. The chapter on trial
@@ -527,6 +533,9 @@ print(f"states {seven.optimizer / 1e9:.0f} GB + gradients {seven.gradients / 1e9
 claim(36).observe(conditions={label: held.optimizer / held.parameters for label, (held, _) in trials.items()})
 
 # %% [markdown]
+# And trainers that keep a float32 copy of the weights beside these states hold 12 bytes per weight of 2, six times as
+# much (ZeRO, Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1).
+#
 # So does a 7B model fit your card? The plans of exercise 3; activations come on top, and grow with batch and length.
 
 # %% tags=["hide-input"]

@@ -34,7 +34,9 @@ boxes = (
     (290, width - rank, width, rank, "lora", f"$A$   {rank} x {width}, trained"),
 )
 for (x, y, w, h, method, label), (tx, ty) in zip(boxes, ((64, 64), (236, 64), (354, 106)), strict=True):
-    ax.add_patch(Rectangle((x, y), w, h, color=look(method).color, alpha=0.35 if method == "base" else 0.9, lw=0))
+    ax.add_patch(
+        Rectangle((x, y), w, h, color=look(method).color, alpha=0.35 if method == "base" else 0.9, lw=0)
+    )
     ax.text(tx, ty, label, ha="center", va="center")
 ax.text(164, width / 2, r"$+\;\frac{\alpha}{r}\;\times$", ha="center", va="center", size=15)
 ax.text(275, width - rank / 2, r"$\times$", ha="center", va="center", size=15)
@@ -42,7 +44,10 @@ ax.set(xlim=(-2, 422), ylim=(-4, width + 4), aspect="equal")
 ax.axis("off")
 share = rank * (width + width) / width**2
 ax.set_title(f"At rank {rank}, $B$ and $A$ hold {share:.1%} of the numbers in $W$")
-show(fig, alt=f"A large grey square W, frozen, plus the product of a tall thin B and a flat wide A of rank {rank}.")
+show(
+    fig,
+    alt=f"A large grey square W, frozen, plus the product of a tall thin B and a flat wide A of rank {rank}.",
+)
 
 # %% [markdown]
 # **By hand.** Rank 1, two inputs, two outputs, $\alpha = 1$. $A = (1, 2)$ reads one number from the input, $x_1 +
@@ -225,8 +230,8 @@ scores = {
     "guide": style_quality(base, tokenizer, test, tenant, guided=True),
 }
 for name, score in scores.items():
-    print(f"{look(name).label:20s} exact {score.exact:.1%}, compliance {score.compliance:.1%}, "
-          f"fidelity {score.fidelity:.1%}")
+    shares = f"exact {score.exact:.1%}, compliance {score.compliance:.1%}, fidelity {score.fidelity:.1%}"
+    print(f"{look(name).label:20s} {shares}")
 
 # %% [markdown]
 # **Predict** before you train: LoRA of rank 8 sees 60 batches of 16 approved texts and *no guide in the prompt*. What
@@ -259,12 +264,12 @@ print("learning rates:", rates)
 # %%
 from labs_lib import fit
 
-models, runs = {}, {}
+train, models, runs = style["train"][:], {}, {}
 for method, rate in rates.items():
     models[method], _ = lab.base()
     if method == "lora":
         inject_lora(models[method], "all-linear", rank=8, alpha=16)
-    runs[method] = fit(models[method], tokenizer, style["train"][:], steps=lab.steps(60), lr=rate, seed=lab.seed)
+    runs[method] = fit(models[method], tokenizer, train, steps=lab.steps(60), lr=rate, seed=lab.seed)
     scores[method] = style_quality(models[method], tokenizer, test, tenant)
 
 # %% tags=["hide-input"]
@@ -278,17 +283,22 @@ for name, run in runs.items():
 left.set_yscale("log")
 left.legend()
 reached = {look(name).label: steps_to_threshold(run.losses, 0.1, weight=0) for name, run in runs.items()}
-finding(left, "Steps to a loss of 0.1: " + ", ".join(f"{label} {step}" for label, step in reached.items()), "step",
-        "training loss (nats per token)")
+title = "Steps to a loss of 0.1: " + ", ".join(f"{label} {step}" for label, step in reached.items())
+finding(left, title, "step", "training loss (nats per token)")
 for row, (name, share) in enumerate(exact.items()):
     ends = [[100 * (share.value - share.lo)], [100 * (share.hi - share.value)]]
-    right.errorbar(100 * share.value, row, xerr=ends, color=look(name).color, marker=look(name).marker, markersize=8)
+    style_of = {"color": look(name).color, "marker": look(name).marker, "markersize": 8}
+    right.errorbar(100 * share.value, row, xerr=ends, **style_of)
 right.set_yticks(range(len(exact)), [look(name).label for name in exact])
 right.set(xlim=(-3, 103), ylim=(len(exact) - 0.5, -0.5))
 right.grid(axis="x")
-finding(right, f"Without a guide: {exact['base'].value:.0%} before, {exact['lora'].value:.0%} after", "exact texts (%)")
-show(fig, alt="Left, training loss per step of LoRA and full fine-tuning. Right, share of exact texts with intervals: "
-     + ", ".join(f"{look(name).label} {share.value:.0%}" for name, share in exact.items()) + ".")
+title = f"Without a guide: {exact['base'].value:.0%} before, {exact['lora'].value:.0%} after"
+finding(right, title, "exact texts (%)")
+listed = ", ".join(f"{look(name).label} {share.value:.0%}" for name, share in exact.items())
+show(
+    fig,
+    alt=f"Left, training loss per step of LoRA and full fine-tuning. Right, share of exact texts: {listed}.",
+)
 
 # %%
 from labs_lib.measure import bootstrap_ci
@@ -341,8 +351,8 @@ print(f"tokens in a prompt: {plain:.1f} without the guide, {told:.1f} with it ({
 # enough, and so, nearly, is any method of this course. Compare methods on something harder.
 
 # %% [markdown]
-# **New knowledge.** Facts that the base has never seen, asked closed-book. Each answer is one of 64, drawn independently:
-# 6 bits per fact, and nothing to generalise from. How many parameters does it take to store them?
+# **New knowledge.** Facts that the base has never seen, asked closed-book. Each answer is one of 64, drawn
+# independently: 6 bits per fact, and nothing to generalise from. How many parameters does it take to store them?
 
 # %%
 from labs_lib.training.sweeps import SWEEPS
@@ -350,7 +360,9 @@ from labs_lib.training.sweeps import SWEEPS
 task = SWEEPS["lora_rank"].tasks[0]
 facts = load_task("knowledge", facts=task.facts)
 print(facts["train"][0]["prompt"] + facts["train"][0]["completion"])
-print(f"{task.facts} facts, {6 * task.facts:,} bits; training shows each {task.steps * task.batch / task.facts:.0f} times")
+times = task.steps * task.batch / task.facts
+print(f"{task.facts} facts, {6 * task.facts:,} bits, each shown {times:.0f} times")
+print(f"rank 1 on all linear layers of this base: {predicted // 8:,} parameters")
 sweep = load_record("sweep_lora_rank", device="cpu")
 print(sweep)
 final = [row for row in sweep.rows if row["stage"] == "final"]
@@ -358,8 +370,7 @@ recorded = [row for row in final if row["arm"]["name"] == "LoRA r1, all"]
 lr, seed = (recorded[0]["lr"], recorded[0]["seed"]) if recorded else (1e-2, 1)
 
 # %% [markdown]
-# **Predict**: rank 1 on all linear layers has three parameters for each bit. What percentage of the new facts will the
-# model recall? (Guessing gets one in 64.)
+# **Predict**: what percentage of the new facts will rank 1 recall? (Guessing gets one in 64.)
 
 # %%
 ### BEGIN SOLUTION
@@ -379,10 +390,10 @@ from statistics import fmean
 
 model, _ = lab.base()
 inject_lora(model, "all-linear", rank=1, alpha=2, generator=torch.Generator().manual_seed(seed))
-run = fit(model, tokenizer, facts["train"][:], steps=lab.steps(task.steps), lr=shrink * lr, batch_size=task.batch,
-          seed=seed)
+plan = {"steps": lab.steps(task.steps), "lr": shrink * lr, "batch_size": task.batch, "seed": seed}
+run = fit(model, tokenizer, facts["train"][:], **plan)
 live = fmean(recall(model, tokenizer, facts["test"][:]))
-print(f"{run.trainable_parameters:,} parameters recall {live:.1%} of the new facts; you predicted {predict_recall} %")
+print(f"{run.trainable_parameters:,} parameters recall {live:.1%}; you predicted {predict_recall} %")
 
 # %%
 from labs_lib.measure import mean_ci
@@ -391,9 +402,9 @@ same = [row for row in recorded if (row["params"], row["steps"]) == (run.trainab
 if same:
     interval = mean_ci([row["score"] for row in same])
     inside = interval.lo <= live <= interval.hi
-    print(f"recorded with this seed {same[0]['score']:.1%}, over {interval.n} seeds {interval}; inside: {inside}")
+    print(f"recorded: {same[0]['score']:.1%} with this seed, {interval} over {interval.n}; inside: {inside}")
 else:
-    print("nothing recorded to compare this run with: it has another base, or fewer steps, or there is no record yet")
+    print("nothing recorded to compare with: another base, fewer steps, or no record yet")
 
 # %% [markdown]
 # **The curve.** Each point of the record is trained at its own best learning rate, on three seeds. We count the
@@ -401,6 +412,7 @@ else:
 #
 # *You should see* recall rise with the parameters. The bits per parameter peak where the facts just fit: beyond, the
 # extra parameters are idle. Before, they sit where little can be stored: $q$ only decides where to look.
+
 
 # %%
 def stored_bits(share, answers=64):
@@ -413,34 +425,42 @@ for row in final:
     arms.setdefault(row["arm"]["name"], []).append(row)
 for name, rows in arms.items():
     share, params = mean_ci([row["score"] for row in rows]), rows[0]["params"]
-    per_parameter = stored_bits(share.value) / params
-    print(f"{name:17s} {params:9,d} parameters, rate {rows[0]['lr']:<6g} recall {share.scaled(100)} %, "
-          f"{per_parameter:.3f} bits per parameter")
+    density = f"{stored_bits(share.value) / params:.3f} bits per parameter"
+    print(
+        f"{name:17s} {params:9,d} parameters, rate {rows[0]['lr']:<6g} recall {percent(share)} %, {density}"
+    )
+
 
 # %% tags=["hide-input"]
 def draw_curve():
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.7))
     for method in ("lora", "full"):
-        points = [rows for rows in arms.values() if rows[0]["arm"]["method"] == method]
-        params = [rows[0]["params"] for rows in points]
-        shares = [mean_ci([row["score"] for row in rows]).scaled(100) for rows in points]
+        points = {name: rows for name, rows in arms.items() if rows[0]["arm"]["method"] == method}
+        params = [rows[0]["params"] for rows in points.values()]
+        shares = [mean_ci([row["score"] for row in rows]).scaled(100) for rows in points.values()]
+        density = [stored_bits(share.value / 100) / p for share, p in zip(shares, params, strict=True)]
         errors = [[s.value - s.lo for s in shares], [s.hi - s.value for s in shares]]
         colour = {"color": look(method).color, "marker": look(method).marker, "label": look(method).label}
-        left.errorbar(params, [s.value for s in shares], yerr=errors, **colour)
-        right.plot(params, [stored_bits(s.value / 100) / p for s, p in zip(shares, params, strict=True)], **colour)
+        left.errorbar(params, [share.value for share in shares], yerr=errors, **colour)
+        right.plot(params, density, **colour)
+        for name, x, y in zip(points, params, density, strict=True):
+            label = name.removeprefix("LoRA ").removeprefix("full ")
+            right.annotate(label, (x, y), xytext=(0, 7), textcoords="offset points", size=8.5, ha="center")
         if method == "lora":
-            low, high, most = shares[0], shares[-1], max(right.lines[-1].get_ydata())
+            low, high, most = shares[0].value, shares[-1].value, max(density)
+            best_arm = list(points)[density.index(most)]
     grid = [2**i for i in range(9, 21)]
-    left.plot(grid, [100 * min(1, 2 * p / (6 * task.facts)) for p in grid], ":", color="#7A7A7A", label="2 bits per parameter")
+    ceiling = [100 * min(1, 2 * parameters / (6 * task.facts)) for parameters in grid]
+    left.plot(grid, ceiling, ":", color="#7A7A7A", label="2 bits per parameter")
     left.set(xscale="log", ylim=(0, 105))
     left.legend(loc="lower right")
-    right.set(xscale="log", yscale="log")
+    right.set(xscale="log", yscale="log", xlim=(500, 3e6))
     reference(right, 2, "2 bits: whole models, as reported")
-    finding(left, f"LoRA's rank buys recall: {low.value:.0f} % to {high.value:.0f} %", "trained parameters",
-            "new facts recalled (%)")
-    finding(right, f"LoRA stores up to {most:.2f} bits per parameter", "trained parameters", "bits per parameter")
-    show(fig, alt=f"Left, recall of {task.facts} new facts against trained parameters: LoRA from {low.value:.0f} to "
-         f"{high.value:.0f} percent. Right, bits stored per parameter: at most {most:.2f}, less for larger ranks.")
+    finding(left, f"LoRA recalls {low:.0f} % to {high:.0f} %", "trained parameters", "new facts recalled (%)")
+    title = f"At best {most:.2f} bits per parameter: {best_arm}"
+    finding(right, title, "trained parameters", "bits per parameter")
+    alt = f"Left, recall of new facts against trained parameters: LoRA from {low:.0f} to {high:.0f} percent. "
+    show(fig, alt=alt + f"Right, bits stored per trained parameter: at most {most:.2f}, for {best_arm}.")
 
 
 if final:
@@ -454,17 +474,19 @@ else:
 # has a few dozen, and works on top of weights that were trained for other facts.
 
 # %% [markdown] tags=["takeaway"]
-# The rank is a budget of bits. A style costs next to nothing; facts are paid for one by one. So ask first whether
-# your task chooses among things the model knows, or must store things it does not.
+# An adapter is a budget of bits: rank times place. A style costs next to nothing; facts are paid for one by one. So
+# ask first whether your task chooses among things the model knows, or must store things it does not.
 
 # %% [markdown]
-# **Forgetting.** The base also knew facts of its own. Nobody asked it to forget them, and LoRA never touches
-# $W$: does that protect them? **Predict** which keeps more of the old facts: rank 1, rank 16, or full fine-tuning.
+# **Forgetting.** The base also knew facts of its own: the same questions about other names. Nobody asked it to forget
+# them, and LoRA never touches $W$: does that protect them? **Predict** which keeps more of the old facts: rank 1, rank
+# 16, or full fine-tuning.
+
 
 # %% tags=["hide-input"]
 def draw_forgetting():
     fig, ax = plt.subplots(figsize=(7.2, 4.2))
-    means = {}
+    means, moved = {}, {"LoRA r1, all": (-9, 9), "LoRA r4, all": (-9, -14), "LoRA r16, all": (9, -7)}
     for name, rows in arms.items():
         method = rows[0]["arm"]["method"]
         new, old = ([100 * row[key] for row in rows] for key in ("score", "kept"))
@@ -472,23 +494,30 @@ def draw_forgetting():
         style_of = {"color": look(method).color, "marker": look(method).marker}
         ax.plot(new, old, linestyle="", alpha=0.3, **style_of)
         ax.plot(*means[name], markersize=9, **style_of)
-        above = len(means) % 2
-        ax.annotate(name.removeprefix("LoRA "), means[name], xytext=(7, 6 if above else -13),
-                    textcoords="offset points", size=9)
+        x, y = moved.get(name, (9, 4))
+        put = {"xytext": (x, y), "textcoords": "offset points", "ha": "right" if x < 0 else "left"}
+        ax.annotate(name.removeprefix("LoRA "), means[name], size=9, **put)
     reference(ax, 100 * fmean(recall(base, tokenizer, known)), "base model")
     largest = [name for name in arms if name.startswith("LoRA")][-1]
     kept = {name: means[name][1] for name in (largest, "full fine-tuning")}
-    ax.set(xlim=(0, 118), ylim=(0, 108))
-    finding(ax, "Old facts kept: " + ", ".join(f"{name} {share:.0f} %" for name, share in kept.items()),
-            "new facts recalled (%)", "old facts still recalled (%)")
-    show(fig, alt="Old facts kept against new facts learned, a point per rank and seed: "
-         + "; ".join(f"{name} learns {x:.0f} and keeps {y:.0f} percent" for name, (x, y) in means.items()) + ".")
+    ax.set(xlim=(0, 122), ylim=(-6, 108))
+    title = "Old facts kept: " + ", ".join(f"{name} {share:.0f} %" for name, share in kept.items())
+    finding(ax, title, "new facts recalled (%)", "old facts still recalled (%)")
+    listed = "; ".join(f"{name} learns {x:.0f} and keeps {y:.0f} percent" for name, (x, y) in means.items())
+    show(fig, alt=f"Old facts kept against new facts learned, a point per adapter and seed: {listed}.")
 
 
 if final:
     draw_forgetting()
 else:
     print(sweep)
+
+# %%
+from labs_lib.methods.lora import remove_lora
+
+worn = fmean(recall(model, tokenizer, known))
+taken_out = fmean(recall(remove_lora(model), tokenizer, known))
+print(f"your rank 1, old facts recalled: {worn:.1%} with the adapter, {taken_out:.1%} once it is taken out")
 
 # %% [markdown]
 # On a larger model, side by side: PEFT's own benchmark trained Llama-3.2-3B on mathematics and measured what it
@@ -502,8 +531,8 @@ published = load_published("method_comparison")
 print(f"{published['title']} ({published['setting']})")
 for row in published["rows"]:
     if row["method"] in ("lora", "full"):
-        print(f"  {row['label']:17s} {row['parameters']:14,.0f} parameters, "
-              f"{row['accuracy']:.1f} % right, forgetting {row['forgetting']:.3f}")
+        result = f"{row['accuracy']:.1f} % right, forgetting {row['forgetting']:.3f}"
+        print(f"  {row['label']:17s} {row['parameters']:14,.0f} parameters, {result}")
 
 # %% [markdown] tags=["takeaway"]
 # A frozen $W$ is no promise: the update acts on every input, old facts included. Report what a method forgets
@@ -553,9 +582,10 @@ ax.invert_yaxis()
 ax.grid(axis="x")
 ax.grid(visible=False, axis="y")
 low, high = (counts[name] / 1e6 for name in ("q, v", "all linear"))
-finding(ax, f"Rank 16 on 7B is {low:.1f} to {high:.1f} million parameters: say where", "trained parameters (millions)")
-show(fig, alt=f"LoRA of rank 16 on Llama-2-7B: {low:.1f} million parameters on q and v, more on attention, "
-     f"{high:.1f} million on all linear layers; the chapter's 10 million is none of them.")
+title = f"Rank 16 on 7B is {low:.1f} to {high:.1f} million parameters: say where"
+finding(ax, title, "trained parameters (millions)")
+listed = "; ".join(f"{name}: {count / 1e6:.1f} million" for name, count in counts.items())
+show(fig, alt=f"LoRA of rank 16 on Llama-2-7B, parameters by target. {listed}. The chapter says 10 million.")
 
 # %%
 claim(9).observe(conditions=counts)
@@ -631,12 +661,9 @@ print(f"the largest over the smallest: {max(sizes.values()) / min(sizes.values()
 
 # %%
 model_megabytes = 2 * total / 1e6
-claim(35).observe(parts={
-    "twenty_mb": sizes,
-    "ten_to_fifty_mb": sizes,
-    "ratio": {name: model_megabytes / size for name, size in sizes.items()},
-    "copies": 50 * model_megabytes / 1e3,
-})
+ratios = {name: model_megabytes / size for name, size in sizes.items()}
+copies = 50 * model_megabytes / 1e3
+claim(35).observe(parts={"twenty_mb": sizes, "ten_to_fifty_mb": sizes, "ratio": ratios, "copies": copies})
 
 # %% [markdown]
 # **Claim 36**: optimizer states take "two to three times the memory of the parameters". Lab 00 judged full fine-tuning.
@@ -652,10 +679,12 @@ for parameter in adapter:
     parameter.grad = torch.zeros_like(parameter)
 optimizer.step()  # Adam makes its states in the first step
 states = optimizer_state_bytes(optimizer)
-claim(36).observe(conditions={
-    "LoRA r8, over what trains": states / tensor_bytes(adapter),
-    "LoRA r8, over the whole model": states / tensor_bytes(list(apart.parameters())),
-})
+claim(36).observe(
+    conditions={
+        "LoRA r8, over what trains": states / tensor_bytes(adapter),
+        "LoRA r8, over the whole model": states / tensor_bytes(list(apart.parameters())),
+    }
+)
 
 # %% [markdown] tags=["takeaway"]
 # A number for "LoRA" means little without its target modules and its dtype. What holds everywhere is the mechanism:
@@ -678,8 +707,8 @@ import warnings
 from labs_lib.errors import LabsError
 
 tensors = load_file(folder / "ours" / "adapter_model.safetensors")
-save_file({name.replace(".layers.", ".blocks."): tensor for name, tensor in tensors.items()},
-          folder / "ours" / "adapter_model.safetensors")
+renamed = {name.replace(".layers.", ".blocks."): tensor for name, tensor in tensors.items()}
+save_file(renamed, folder / "ours" / "adapter_model.safetensors")
 with warnings.catch_warnings(record=True) as caught, torch.no_grad():
     warnings.simplefilter("always")
     lost = PeftModel.from_pretrained(lab.base()[0], folder / "ours").eval()
@@ -723,6 +752,7 @@ except ValueError as error:
 #
 # **Answer 2.** Compute it for every layer; compare with a random matrix, whose top 8 of 128 hold little.
 
+
 # %% tags=["solution-only"]
 def top_share(matrix, k=8):
     """Share of a matrix's squared norm in its k largest singular values."""
@@ -730,10 +760,11 @@ def top_share(matrix, k=8):
     return (squares[:k].sum() / squares.sum()).item()
 
 
-start = {name: weight.detach() for name, weight in base.named_parameters()}
-updates = [weight.detach() - start[name] for name, weight in models["full"].named_parameters() if "proj" in name]
-chance = [top_share(torch.randn_like(update)) for update in updates]
-print(f"top 8 singular values hold {fmean(map(top_share, updates)):.0%} of an update, {fmean(chance):.0%} of noise")
+start = {name: weight.detach() for name, weight in base.named_parameters() if "proj" in name}
+end = dict(models["full"].named_parameters())
+updates = [end[name].detach() - weight for name, weight in start.items()]
+held = fmean(map(top_share, updates)), fmean(top_share(torch.randn_like(update)) for update in updates)
+print(f"the top 8 singular values hold {held[0]:.0%} of an update, {held[1]:.0%} of noise")
 
 # %%
 progress()

@@ -98,7 +98,6 @@ SWEEPS = {
                 _R8,
                 _R64,
                 Arm("DoRA r8, all linear", method="dora"),
-                Arm("rsLoRA r8, all linear", method="rslora"),
                 Arm("IA3", method="ia3", rates=(1e-2, 3e-2, 1e-1)),
                 Arm("LoRA r8, untuned", rates=_UNTUNED),
                 Arm("DoRA r8, untuned", method="dora", rates=_UNTUNED),
@@ -110,7 +109,7 @@ SWEEPS = {
         Sweep(
             name="tune_lora_style",
             note="One tenant's style without a guide in the prompt: targets, rank, full fine-tuning.",
-            arms=(_QV_R9, _QV_R8, _R2, _R8, _R64, _FULL),
+            arms=(_QV_R9, _R2, _R8, _R64, _FULL),
             tasks=(Task("style", "style", steps=60, batch=16, tenant=TENANT),),
             rates=_RATES,
             seeds=5,
