@@ -443,11 +443,13 @@ def draw_curve():
         colour = {"color": look(method).color, "marker": look(method).marker, "label": look(method).label}
         left.errorbar(params, [share.value for share in shares], yerr=errors, **colour)
         right.plot(params, density, **colour)
-        for name, x, y in zip(points, params, density, strict=True):
+        for name, x, y, after in zip(points, params, density, [*density[1:], 0], strict=True):
             label = name.removeprefix("LoRA ").removeprefix("full ")
-            right.annotate(label, (x, y), xytext=(0, 7), textcoords="offset points", size=8.5, ha="center")
+            put = (-8, 7) if method == "full" else (6, 3) if after < y else (-4, -14)  # clear of the line
+            right.annotate(label, (x, y), xytext=put, textcoords="offset points", size=8.5)
         if method == "lora":
             low, high, most = shares[0].value, shares[-1].value, max(density)
+            few, many = params[0], params[-1]
             best_arm = list(points)[density.index(most)]
     grid = [2**i for i in range(9, 21)]
     ceiling = [100 * min(1, 2 * parameters / (6 * task.facts)) for parameters in grid]
@@ -456,7 +458,8 @@ def draw_curve():
     left.legend(loc="lower right")
     right.set(xscale="log", yscale="log", xlim=(500, 3e6))
     reference(right, 2, "2 bits: whole models, as reported")
-    finding(left, f"LoRA recalls {low:.0f} % to {high:.0f} %", "trained parameters", "new facts recalled (%)")
+    title = f"LoRA's recall: {low:.0f} % at {few / 1e3:.0f}k, {high:.0f} % at {many / 1e3:.0f}k"
+    finding(left, title, "trained parameters", "new facts recalled (%)")
     title = f"At best {most:.2f} bits per parameter: {best_arm}"
     finding(right, title, "trained parameters", "bits per parameter")
     alt = f"Left, recall of new facts against trained parameters: LoRA from {low:.0f} to {high:.0f} percent. "
@@ -486,7 +489,7 @@ else:
 # %% tags=["hide-input"]
 def draw_forgetting():
     fig, ax = plt.subplots(figsize=(7.2, 4.2))
-    means, moved = {}, {"LoRA r1, all": (-9, 9), "LoRA r4, all": (-9, -14), "LoRA r16, all": (9, -7)}
+    means, moved = {}, {"LoRA r1, all": (-9, 9), "LoRA r4, all": (9, -10), "LoRA r16, all": (9, 1)}
     for name, rows in arms.items():
         method = rows[0]["arm"]["method"]
         new, old = ([100 * row[key] for row in rows] for key in ("score", "kept"))
