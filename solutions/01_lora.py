@@ -444,7 +444,7 @@ def draw_curve():
         left.errorbar(params, [share.value for share in shares], yerr=errors, **colour)
         right.plot(params, density, **colour)
         for name, x, y, after in zip(points, params, density, [*density[1:], 0], strict=True):
-            label = name.removeprefix("LoRA ").removeprefix("full ")
+            label = name.removeprefix("LoRA ").removesuffix(" fine-tuning")
             put = (-8, 7) if method == "full" else (6, 3) if after < y else (-4, -14)  # clear of the line
             right.annotate(label, (x, y), xytext=put, textcoords="offset points", size=8.5)
         if method == "lora":
