@@ -114,7 +114,7 @@ show(fig, alt=alt)
 # %% [markdown]
 # **By hand: why training needs more than the weights.** A model of three numbers takes one step with Adam, and we look
 # into the optimizer's pockets. *You should see* four rows of three: weight, gradient, and two running averages (of the
-# gradient, and of its square). In float32 that is 16 bytes per parameter, of which the weight is 4.
+# gradient, and of its square), beside a step counter. In float32 that is 16 bytes per parameter; the weight is 4.
 
 # %%
 import torch
@@ -238,27 +238,23 @@ def after_one_step(optimizer_class, dtype):
 
 # %%
 n, tensors = count_parameters(model).total, len(list(model.parameters()))
-adamw, adamw_float32_states = torch.optim.AdamW, bitsandbytes.optim.AdamW
-trials = {
-    "float32": (after_one_step(adamw, torch.float32), training_bytes(n)),
-    "bfloat16": (after_one_step(adamw, torch.bfloat16), training_bytes(n, weight=2, state=2)),
-    "bfloat16, states float32": (
-        after_one_step(adamw_float32_states, torch.bfloat16),
-        training_bytes(n, weight=2),
-    ),
+settings = {
+    "float32": (torch.optim.AdamW, torch.float32, 4),
+    "bfloat16": (torch.optim.AdamW, torch.bfloat16, 2),
+    "bfloat16, states float32": (bitsandbytes.optim.AdamW, torch.bfloat16, 4),
 }
-for held, formula in trials.values():
+parts = {"weights": "parameters", "gradients": "gradients", "Adam's states": "optimizer"}
+trials, rows = {}, []
+for label, (optimizer_class, dtype, state) in settings.items():
+    trials[label] = held = after_one_step(optimizer_class, dtype)
+    formula = training_bytes(n, weight=dtype.itemsize, state=state)
     assert (held.parameters, held.gradients) == (formula.parameters, formula.gradients)
     assert 0 <= held.optimizer - formula.optimizer <= 4 * tensors
-parts = {"weights": "parameters", "gradients": "gradients", "Adam's states": "optimizer"}
+    for source, sizes in {"counted": held, "formula": formula}.items():
+        cells = {title: f"{getattr(sizes, part):,}" for title, part in parts.items()}
+        rows.append({"bytes": f"{label}: {source}"} | cells)
 print(f"{n:,} parameters in {tensors} tensors; bytes counted after a step, and by the formula:")
-table(
-    [
-        {"bytes": label + source} | {title: f"{getattr(held, part):,}" for title, part in parts.items()}
-        for label, pair in trials.items()
-        for source, held in zip((", counted", ", formula"), pair, strict=True)
-    ]
-)
+table(rows)
 
 # %% [markdown]
 # And the cache: the model reads Fathom Eleven's guide, and we count the keys and values that it kept. *You should see*
@@ -318,22 +314,17 @@ def scored(written):
 
 
 scores = {way: scored(written) for way, written in texts.items()}
+measures = {"compliance": "rules obeyed", "fidelity": "facts told", "exact": "texts right to the letter"}
 estimates = {
-    (way, name): bootstrap_ci([getattr(score, name) for score in scores[way]])
-    for way in scores
-    for name in ("compliance", "fidelity", "exact")
+    name: {way: bootstrap_ci([getattr(score, name) for score in scores[way]]) for way in scores}
+    for name in measures
 }
+rows = [
+    {"share of": meaning} | {look(way).label: estimates[name][way] for way in scores}
+    for name, meaning in measures.items()
+]
 print(f"you predicted {predicted_share:.2f} of the rules, without a guide")
-table(
-    [
-        {"share of": label} | {look(way).label: estimates[way, name] for way in scores}
-        for name, label in {
-            "compliance": "rules obeyed",
-            "fidelity": "facts told",
-            "exact": "texts right to the letter",
-        }.items()
-    ]
-)
+table(rows)
 
 # %% tags=["hide-input"]
 from statistics import fmean
@@ -345,27 +336,17 @@ ordered = sorted(tenant.style, key=per_rule["base"].get)
 fig, ax = plt.subplots(figsize=(7.2, 4.6))
 for rule in ordered:
     ax.plot([per_rule["base"][rule], per_rule["guide"][rule]], [rule] * 2, color="#DDDDDD", zorder=0)
-for way, face in (("base", "white"), ("guide", look("guide").color)):
+for way, fill in (("base", "white"), ("guide", look("guide").color)):
     shares = [per_rule[way][rule] for rule in ordered]
-    ax.plot(
-        shares,
-        ordered,
-        "o",
-        color=look(way).color,
-        markerfacecolor=face,
-        label=look(way).label,
-        clip_on=False,
-    )
+    face = {"color": look(way).color, "markerfacecolor": fill}
+    ax.plot(shares, ordered, "o", **face, label=look(way).label, clip_on=False)
 ax.set_xlim(0, 100)
 ax.grid(axis="x")
 ax.grid(visible=False, axis="y")
 ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
-means = [f"{estimates[way, 'compliance'].value:.1%}" for way in ("base", "guide")]
-finding(
-    ax,
-    f"Rules obeyed: {means[0]} by the base model, {means[1]} with a guide",
-    f"texts that obey the rule (%), {len(asked)} customers",
-)
+told = {way: f"{estimate.value:.1%}" for way, estimate in estimates["compliance"].items()}
+title = f"Rules obeyed: {told['base']} by the base model, {told['guide']} with a guide"
+finding(ax, title, f"texts that obey the rule (%), {len(asked)} customers")
 low, high = ({way: f"{end(per_rule[way].values()):.0f}" for way in per_rule} for end in (min, max))
 alt = (
     f"For each of {len(ordered)} rules, the share of texts that obey it: {low['base']} to {high['base']} % without a "
@@ -384,9 +365,7 @@ prompt, guided, answer = (
 )
 extra = guided - prompt
 print(f"a prompt has {prompt:.1f} tokens, with a guide {guided:.1f} ({guided / prompt - 1:+.0%})")
-print(
-    f"of all tokens of a request, its answer's {answer:.1f} included, {extra / (guided + answer):.0%} are guide"
-)
+print(f"the answer has {answer:.1f}: of all tokens of a request, {extra / (guided + answer):.0%} are guide")
 print(f"the paragraph of voice has {fmean(len(t.voice.split()) for t in asked):.0f} words on average")
 for requests in (10_000, 1_000_000):
     millions = 50 * requests * extra / 1e6
@@ -414,12 +393,8 @@ ax.plot(crossing, adapter_bytes / 1e6, "o", color=look("lora").color, markeredge
 ax.set(xscale="log", yscale="log", xlim=(7, 9000), ylim=(2, 4e4))
 ax.set_xticks([10, 100, 1000], ["10", "100", "1,000"])
 ax.set_yticks([10, 100, 1000, 10000], ["10", "100", "1,000", "10,000"])
-finding(
-    ax,
-    f"From {crossing} tokens on, a cached guide outweighs an adapter",
-    "length of the guide (tokens)",
-    "memory per customer (MB)",
-)
+title = f"From {crossing} tokens on, a cached guide outweighs an adapter"
+finding(ax, title, "length of the guide (tokens)", "memory per customer (MB)")
 alt = (
     f"Memory per customer of a cached guide against its length, both logarithmic, for Llama-2-7B in 16 bit. "
     f"The line crosses the adapter's {adapter_bytes / 1e6:.0f} MB at {crossing} tokens; "
@@ -458,9 +433,8 @@ print(f"facts it never saw:     {recalled(model, new_facts)}, chance is {1 / 64:
 catalogue = load_task("knowledge", facts=4096)["test"]
 lines = [question + fact for question, fact in zip(catalogue["prompt"], catalogue["completion"], strict=True)]
 pasted = sum(len(ids) for ids in tokenizer(lines)["input_ids"])
-print(
-    f"{len(lines):,} facts take {pasted:,} tokens; the model reads {model.config.max_position_embeddings:,}"
-)
+room = model.config.max_position_embeddings
+print(f"{len(lines):,} facts take {pasted:,} tokens; the model has room for {room:,}")
 
 # %% [markdown]
 # **Now retrain it.** All weights of a copy, on Fathom Eleven's 128 approved texts, no guide in any prompt. Twice, with
@@ -530,7 +504,7 @@ print(f"states {seven.optimizer / 1e9:.0f} GB + gradients {seven.gradients / 1e9
 # bytes counted in section 3. **Predict**: on what does it depend?
 
 # %%
-claim(36).observe(conditions={label: held.optimizer / held.parameters for label, (held, _) in trials.items()})
+claim(36).observe(conditions={label: held.optimizer / held.parameters for label, held in trials.items()})
 
 # %% [markdown]
 # And trainers that keep a float32 copy of the weights beside these states hold 12 bytes per weight of 2, six times as

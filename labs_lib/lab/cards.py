@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from labs_lib.world.tenants import Tenant
 
 _LEFT = "text-align:left;vertical-align:top"
+_TEXT = "margin:0;white-space:pre-wrap;word-break:normal"  # Jupyter's own style would break words
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,7 @@ def side_by_side(texts: Mapping[str, str]) -> Card:
     plain = "\n\n".join(f"--- {title}\n{text}" for title, text in texts.items())
     head = "".join(f'<th style="{_LEFT}">{html.escape(title)}</th>' for title in texts)
     body = "".join(
-        f'<td style="{_LEFT}"><pre style="white-space:pre-wrap;margin:0">{html.escape(text)}</pre></td>'
-        for text in texts.values()
+        f'<td style="{_LEFT}"><pre style="{_TEXT}">{html.escape(text)}</pre></td>' for text in texts.values()
     )
     return Card(plain, f"<table><thead><tr>{head}</tr></thead><tbody><tr>{body}</tr></tbody></table>")
 

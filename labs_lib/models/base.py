@@ -69,7 +69,8 @@ def load_base(
     """Load a model and its tokenizer, ready to be adapted.
 
     Args:
-        name: a size of the shipped family (`tiny`, `small`, `medium`, `large`), a folder in hub layout, or a hub id.
+        name: a size of the family (`tiny` and `small` are shipped; `labs pretrain` makes `medium` and `large`), a
+            folder in hub layout, or a hub id.
         dtype: weights' type; float32 by default.
         device: where the weights go.
         quantise: None, `nf4` (4-bit NormalFloat with double quantisation) or `int8`, by bitsandbytes.
@@ -105,6 +106,8 @@ def _verified(size: str) -> Path:
     from labs_lib.world.build import verify
 
     folder = base_folder(size)
+    if not (folder / "model.safetensors").is_file() and size not in ("tiny", "small"):
+        raise LabsError(f"The base {size!r} is not shipped: make it with `labs pretrain {size}`, or load 'small'.")
     verify(*(f"base/{size}/{name}" for name in ("model.safetensors", "config.json", "tokenizer.json")))
     return folder
 

@@ -50,6 +50,9 @@ def test_a_folder_in_hub_layout_loads(tmp_path):
 def test_unknown_names_say_what_exists():
     with pytest.raises(LabsError, match="tiny, small, medium, large, a folder, or a hub id"):
         load_base("smal")
+    if "large" not in SHIPPED:
+        with pytest.raises(LabsError, match="labs pretrain large"):
+            load_base("large")
     with pytest.raises(LabsError, match="None, 'nf4' or 'int8'"):
         load_base("tiny", quantise="int3")
 
