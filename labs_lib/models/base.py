@@ -107,7 +107,9 @@ def _verified(size: str) -> Path:
 
     folder = base_folder(size)
     if not (folder / "model.safetensors").is_file() and size not in ("tiny", "small"):
-        raise LabsError(f"The base {size!r} is not shipped: make it with `labs pretrain {size}`, or load 'small'.")
+        raise LabsError(
+            f"The base {size!r} is not shipped: make it with `labs pretrain {size}`, or load 'small'."
+        )
     verify(*(f"base/{size}/{name}" for name in ("model.safetensors", "config.json", "tokenizer.json")))
     return folder
 
