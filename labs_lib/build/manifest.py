@@ -1,7 +1,6 @@
 """The manifest: order, titles, times and address of the course, and the cells and tables made from them."""
 
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,14 +99,15 @@ class Manifest:
                 '    raise ModuleNotFoundError("labs_lib is not installed in this kernel: open this notebook with "\n'
                 '                              "`make lab` in a clone of the course, or `pip install -e .` there.")\n'
             )
-        branch = f" --branch {shlex.quote(self.release)}" if self.release else ""
-        clone = f"git -c advice.detachedHead=false clone -q --depth 1{branch} {shlex.quote(self.repository)} {CLONE}"
+        command = ["git", "-c", "advice.detachedHead=false", "clone", "-q", "--depth", "1"]
+        command += ["--branch", self.release] if self.release else []
+        command += ["--", self.repository, CLONE]
         install = f"{CLONE}/labs_lib/lab/install.py"
         return (
-            "import importlib.util, subprocess, sys\n\n"
+            "import importlib.util, pathlib, subprocess, sys\n\n"
             f"{missing}  # Colab, say: fetch the course; torch stays as it is\n"
-            f"    fetch = {clone!r}\n"
-            f'    subprocess.run(f"test -f {install} || {{fetch}}", shell=True, check=True)\n'
+            f'    if not pathlib.Path("{install}").is_file():\n'
+            f"        subprocess.run({command!r}, check=True)\n"
             f'    subprocess.run([sys.executable, "{install}"], check=True)\n'
             f'    sys.path.insert(0, "{CLONE}")\n'
         )

@@ -48,7 +48,7 @@ def test_install_lines_with_an_address_clone_its_release(manifest):
     lines = at(manifest, "file:///srv/my course", "v1.2").bootstrap()
     ast.parse(lines)
     assert (
-        "git -c advice.detachedHead=false clone -q --depth 1 --branch v1.2 'file:///srv/my course' peft-labs"
+        "'clone', '-q', '--depth', '1', '--branch', 'v1.2', '--', 'file:///srv/my course', 'peft-labs'"
         in lines
     )
     assert "--branch" not in at(manifest, "file:///srv/course").bootstrap()
