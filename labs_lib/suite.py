@@ -22,8 +22,16 @@ STEPS = (
         "Unit tests",
         (*PYTHON, "pytest", "-q", "-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"),
     ),
-    ("notebooks", "Student notebooks, untouched", (*LABS, "run", "--student", "--profile", "smoke")),
-    ("notebooks", "Solutions, strict", (*LABS, "run", "--solution", "--strict", "--profile", "smoke")),
+    (
+        "notebooks",
+        "Student notebooks, untouched",
+        (*LABS, "run", "--student", "--fresh", "--profile", "smoke"),
+    ),
+    (
+        "notebooks",
+        "Solutions, strict",
+        (*LABS, "run", "--solution", "--strict", "--fresh", "--profile", "smoke"),
+    ),
 )
 # Nothing may need a network, or depend on there being one. Side by side, each unit test's process has one thread.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}

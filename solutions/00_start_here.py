@@ -507,8 +507,8 @@ print(f"states {seven.optimizer / 1e9:.0f} GB + gradients {seven.gradients / 1e9
 claim(36).observe(conditions={label: held.optimizer / held.parameters for label, held in trials.items()})
 
 # %% [markdown]
-# And trainers that keep a float32 copy of the weights beside these states hold 12 bytes per weight of 2, six times as
-# much (ZeRO, Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1).
+# And trainers that keep a float32 copy of the weights beside these states hold 12 bytes for each 2-byte weight, six
+# times as much ([Rajbhandari et al., 2020](https://arxiv.org/abs/1910.02054), section 3.1).
 #
 # So does a 7B model fit your card? The plans of exercise 3; activations come on top, and grow with batch and length.
 

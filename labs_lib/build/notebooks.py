@@ -2,10 +2,14 @@
 
 A solution's stored outputs belong to one state of its code: the hash of that code is kept in the notebook, and outputs
 whose hash is another one are dropped by a build and reported as stale by a check.
+
+Notebooks are there to be worked in. What a learner has saved in one is never overwritten without a copy, and a check
+only notes it; in continuous integration (`--strict`, or $CI is set) any difference from a build is a failure.
 """
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +19,7 @@ from typing import Any
 from labs_lib.build import lint
 from labs_lib.build.manifest import MANIFEST, Entry, Manifest, load_manifest
 from labs_lib.build.source import SOLUTION, STUDENT, Cell, Problem, Source, code_hash, read_source
+from labs_lib.build.work import cells_stamp, is_copy, keep_copy, outputs_stamp, own_work
 from labs_lib.errors import LabsError
 from labs_lib.paths import root
 
@@ -22,6 +27,7 @@ Notebook = dict[str, Any]  # nbformat 4.5, as JSON has it
 BAR = re.compile(r"^.*\d+%\|.*$\n?", re.MULTILINE)
 WIDGET = "application/vnd.jupyter.widget-view+json"
 FOLDERS = {STUDENT: "notebooks", SOLUTION: "solutions"}
+REPLACE = {STUDENT: "labs build {} --fresh", SOLUTION: "labs build {} --execute"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ def generate(course: Course, entry: Entry) -> Built:
         problems += lint.lint_texts(source, kind, shown)
         notebooks[kind] = _notebook(course.manifest, entry, kind, shown)
     for notebook in notebooks.values():
-        notebook["metadata"]["labs"]["code"] = digest
+        notebook["metadata"]["labs"] |= {"code": digest, "cells": cells_stamp(notebook)}
     return Built(notebooks, list(dict.fromkeys(source.problems + problems)))
 
 
@@ -131,12 +137,13 @@ def read_notebook(path: Path) -> Notebook | None:
 
 
 def without_outputs(notebook: Notebook) -> Notebook:
-    """A copy as a build makes it: no outputs, no counts, no mark of execution."""
+    """A copy as a build makes it: no outputs, no counts, no marks of execution."""
     cells = [
         {**c, **({"outputs": [], "execution_count": None} if c["cell_type"] == "code" else {})}
         for c in notebook["cells"]
     ]
-    labs = {k: v for k, v in notebook["metadata"].get("labs", {}).items() if k != "executed"}
+    marks = ("executed", "outputs")
+    labs = {k: v for k, v in notebook["metadata"].get("labs", {}).items() if k not in marks}
     return {**notebook, "cells": cells, "metadata": {**notebook["metadata"], "labs": labs}}
 
 
@@ -154,11 +161,8 @@ def with_outputs(notebook: Notebook, executed: Mapping[str, Any]) -> Notebook:
             cell = {**cell, "execution_count": count, "outputs": outputs}
         cells.append(cell)
     labs = notebook["metadata"]["labs"]
-    return {
-        **notebook,
-        "cells": cells,
-        "metadata": {**notebook["metadata"], "labs": {**labs, "executed": labs["code"]}},
-    }
+    marks = {"executed": labs["code"], "outputs": outputs_stamp({"cells": cells})}
+    return {**notebook, "cells": cells, "metadata": {**notebook["metadata"], "labs": labs | marks}}
 
 
 def clean_outputs(outputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -185,19 +189,19 @@ def clean_outputs(outputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def build(
-    course: Course, entries: Sequence[Entry], execute: bool = False, force: bool = False
+    course: Course, entries: Sequence[Entry], execute: bool = False, fresh: bool = False
 ) -> list[Problem]:
     """Write the notebooks of `entries`, and the index pages; a lab with a mistake is not written.
 
     Args:
         execute: run each solution (cpu profile, strict) and store its outputs.
-        force: overwrite a student notebook that holds outputs, which may be someone's work.
+        fresh: replace a student notebook that holds someone's work, keeping a copy.
     """
     problems: list[Problem] = []
     for entry in entries:
         try:
             built = generate(course, entry)
-            problems += built.problems or _write(course, entry, built, execute, force)
+            problems += built.problems or _write(course, entry, built, {STUDENT: fresh, SOLUTION: execute})
         except LabsError as error:
             problems.append(Problem(course.name(course.source_path(entry)), str(error)))
     for path, text in _pages(course, problems).items():
@@ -206,27 +210,52 @@ def build(
     return problems
 
 
-def _write(course: Course, entry: Entry, built: Built, execute: bool, force: bool) -> list[Problem]:
+def _write(course: Course, entry: Entry, built: Built, replace: Mapping[str, bool]) -> list[Problem]:
+    """Write both notebooks; `replace` says of which kind someone's work may be moved aside."""
     problems = []
-    student, solution = (course.path(entry, kind) for kind in (STUDENT, SOLUTION))
-    stored = read_notebook(student)
-    if stored and not force and any(cell.get("outputs") for cell in stored["cells"]):
-        said = "holds outputs, perhaps your work: move it away, or overwrite it with `labs build --force`"
-        problems.append(Problem(course.name(student), said))
-    else:
-        student.parent.mkdir(parents=True, exist_ok=True)
-        student.write_text(dumps(built.notebooks[STUDENT]), encoding="utf-8")
-    notebook, stored = built.notebooks[SOLUTION], read_notebook(solution)
-    if execute:
-        notebook = _executed(course, entry, notebook)
-    elif (
-        stored and stored["metadata"].get("labs", {}).get("executed") == notebook["metadata"]["labs"]["code"]
-    ):
-        notebook = with_outputs(notebook, stored)
-    solution.write_text(dumps(notebook), encoding="utf-8")
-    if "executed" in notebook["metadata"]["labs"]:
-        problems += lint.lint_outputs(course.name(solution), notebook["cells"], SOLUTION)
+    for kind, notebook in built.notebooks.items():
+        path = course.path(entry, kind)
+        name, stored = course.name(path), read_notebook(path)
+        left = _left(name, entry, kind, stored, notebook) if path.is_file() else None
+        if left and not replace[kind]:
+            problems.append(left)
+            continue
+        if kind == SOLUTION:
+            notebook = _with_stored_outputs(notebook, stored)
+            if replace[SOLUTION]:
+                notebook = _executed(course, entry, notebook)
+        if left:
+            copy = course.name(keep_copy(path))
+            problems.append(Problem(name, f"made anew; what you had there is now {copy}", note=True))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(dumps(notebook), encoding="utf-8")
+        if "executed" in notebook["metadata"]["labs"]:
+            problems += lint.lint_outputs(name, notebook["cells"], SOLUTION)
     return problems
+
+
+def _left(name: str, entry: Entry, kind: str, stored: Notebook | None, wanted: Notebook) -> Problem | None:
+    """What is said of a notebook that a build leaves as it is, for someone's work in it; None if it holds none."""
+    replace = f"`{REPLACE[kind].format(entry.number)}` would replace it, keeping a copy"
+    if stored is None:
+        return Problem(name, f"cannot be read; {replace}")
+    work = own_work(stored, wanted)
+    if not work:
+        return None
+    if _is_from(stored, wanted):
+        return Problem(name, f"holds your own work ({work}), left as it is; {replace}", note=True)
+    return Problem(name, f"holds your own work on another version of the lab; {replace}")
+
+
+def _is_from(stored: Notebook, wanted: Notebook) -> bool:
+    """Whether a stored notebook was built from the source as it is now, whatever was done in it since."""
+    return without_outputs(stored)["metadata"]["labs"] == wanted["metadata"]["labs"]
+
+
+def _with_stored_outputs(notebook: Notebook, stored: Notebook | None) -> Notebook:
+    """The notebook with the outputs that are stored for this state of its code, if they are."""
+    executed = stored["metadata"].get("labs", {}).get("executed") if stored else None
+    return with_outputs(notebook, stored) if executed == notebook["metadata"]["labs"]["code"] else notebook
 
 
 def _executed(course: Course, entry: Entry, notebook: Notebook) -> Notebook:
@@ -252,8 +281,12 @@ def _executed(course: Course, entry: Entry, notebook: Notebook) -> Notebook:
         return with_outputs(notebook, read_notebook(done))
 
 
-def check(course: Course, entries: Sequence[Entry]) -> list[Problem]:
-    """What differs between the stored notebooks and pages and what a build would write."""
+def check(course: Course, entries: Sequence[Entry], strict: bool = False) -> list[Problem]:
+    """What differs between the stored notebooks and pages and what a build would write.
+
+    Args:
+        strict: a learner's work, too, is a difference; else it is a note.
+    """
     problems: list[Problem] = []
     for entry in entries:
         try:
@@ -263,8 +296,8 @@ def check(course: Course, entries: Sequence[Entry]) -> list[Problem]:
             continue
         problems += built.problems
         for kind in (STUDENT, SOLUTION):
-            problems += _compare(course, entry, kind, built.notebooks[kind])
-    problems += _strays(course)
+            problems += _compare(course, entry, kind, built.notebooks[kind], strict)
+    problems += _strays(course, strict)
     for path, text in _pages(course, problems).items():
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             problems.append(
@@ -273,27 +306,35 @@ def check(course: Course, entries: Sequence[Entry]) -> list[Problem]:
     return problems
 
 
-def _compare(course: Course, entry: Entry, kind: str, wanted: Notebook) -> list[Problem]:
+def _compare(course: Course, entry: Entry, kind: str, wanted: Notebook, strict: bool) -> list[Problem]:
     path = course.path(entry, kind)
     name, again = course.name(path), f"run `labs build {entry.number}`"
     stored = read_notebook(path)
     if stored is None:
         return [Problem(name, f"missing or unreadable: {again}")]
+    left = _left(name, entry, kind, stored, wanted)
+    if left and not strict:
+        return [left]
+    saved = not strict and _is_from(
+        stored, wanted
+    )  # by Jupyter, perhaps, which lays a file out in its own way
     problems = lint.lint_outputs(name, stored["cells"], kind)
-    difference = _difference(without_outputs(stored), wanted)
+    difference = None if saved else _difference(without_outputs(stored), wanted)
     if difference:
         where, what = difference
-        return [
-            *problems,
-            Problem(name, f"differs from {course.name(course.source_path(entry))}: {what}. {again}", where),
-        ]
+        said = f"differs from {course.name(course.source_path(entry))}: {what}. {again}"
+        return [*problems, Problem(name, said, where)]
+    labs = stored["metadata"].get("labs", {})
     if kind == STUDENT:
-        if not problems and path.read_text(encoding="utf-8") != dumps(wanted):
+        if not saved and not problems and path.read_text(encoding="utf-8") != dumps(wanted):
             problems.append(Problem(name, f"differs from a fresh build in layout or run counts: {again}"))
-    elif "executed" not in stored["metadata"].get("labs", {}):
+    elif "executed" not in labs:
         problems.append(Problem(name, f"has no outputs: run `labs build --execute {entry.number}`"))
-    elif stored["metadata"]["labs"]["executed"] != wanted["metadata"]["labs"]["code"]:
+    elif labs["executed"] != wanted["metadata"]["labs"]["code"]:
         problems.append(Problem(name, f"its outputs are stale: run `labs build --execute {entry.number}`"))
+    elif left:
+        said = f"its outputs are not those of its build: run `labs build --execute {entry.number}`"
+        problems.append(Problem(name, said))
     return problems
 
 
@@ -314,17 +355,20 @@ def _difference(stored: Notebook, wanted: Notebook) -> tuple[str, str] | None:
     return None if old == new else ("", f"its metadata ({old}, not {new})")
 
 
-def _strays(course: Course) -> list[Problem]:
-    """Numbered files that the manifest does not know; a learner's own notebooks may be called anything else."""
+def _strays(course: Course, strict: bool) -> list[Problem]:
+    """Numbered files that the manifest does not know and that are no copies of what it knows.
+
+    Among the notebooks to work in they may be a learner's own.
+    """
     stems = {entry.stem for entry in course.manifest.labs}
-    found = [
-        path for folder in FOLDERS.values() for path in sorted((course.root / folder).glob("[0-9][0-9]_*"))
-    ]
-    return [
-        Problem(course.name(path), "the manifest lists no such lab")
-        for path in found
-        if path.suffix in (".py", ".ipynb") and path.stem not in stems
-    ]
+    problems = []
+    for kind, folder in FOLDERS.items():
+        for path in sorted((course.root / folder).glob("[0-9][0-9]_*")):
+            known = path.stem in stems or is_copy(path, stems)
+            if path.suffix in (".py", ".ipynb") and not known:
+                note = kind == STUDENT and not strict
+                problems.append(Problem(course.name(path), "the manifest lists no such lab", note=note))
+    return problems
 
 
 def _pages(course: Course, problems: list[Problem]) -> dict[Path, str]:
@@ -347,15 +391,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--check", action="store_true", help="write nothing; fail if anything is out of date")
     how.add_argument("--execute", action="store_true", help="run the solutions and store their outputs")
-    parser.add_argument("--force", action="store_true", help="overwrite student notebooks that hold outputs")
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="start over: replace notebooks with your work in them, keeping a copy",
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        default=bool(os.environ.get("CI")),
+        help="with --check: saved work is a difference like any other; the default where $CI is set",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     course = this_course()
     entries = course.manifest.select(args.labs)
-    problems = check(course, entries) if args.check else build(course, entries, args.execute, args.force)
+    if args.check:
+        problems = check(course, entries, args.strict)
+    else:
+        problems = build(course, entries, args.execute, args.fresh)
     for problem in problems:
         print(problem)
+    failed = sum(not problem.note for problem in problems)
     done = "up to date" if args.check else "built"
-    print(f"{len(entries)} labs: " + (f"{len(problems)} problems" if problems else done))
-    return 1 if problems else 0
+    print(f"{len(entries)} labs: " + (f"{failed} problems" if failed else done))
+    return 1 if failed else 0

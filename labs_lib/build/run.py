@@ -161,12 +161,13 @@ class _PeakMemory:
 
 @dataclass(frozen=True)
 class Task:
-    """One notebook of the course, in one profile."""
+    """One notebook of the course, in one profile: as it is saved, or `fresh`, as a build writes it."""
 
     entry: Entry
     kind: str
     profile: str
     strict: bool
+    fresh: bool = False
 
 
 def run_tasks(course, tasks: Sequence[Task], folder: Path, workers: int = 1) -> list[Result]:
@@ -180,7 +181,8 @@ def run_tasks(course, tasks: Sequence[Task], folder: Path, workers: int = 1) -> 
         if not path.is_file():
             raise LabsError(f"{course.name(path)} is missing: run `labs build {task.entry.number}`.")
         copy = folder / f"{task.entry.stem}.{task.kind}.ipynb"
-        jobs.append(Job(path, copy, path.parent, task.profile, task.strict, threads))
+        given = _fresh(course, task, folder) if task.fresh else path
+        jobs.append(Job(given, copy, path.parent, task.profile, task.strict, threads))
         names.append(course.name(path))
     width, results = max(map(len, names), default=0), {}
 
@@ -202,6 +204,16 @@ def run_tasks(course, tasks: Sequence[Task], folder: Path, workers: int = 1) -> 
     total = sum(result.seconds for result in results.values())
     print(f"{len(results) - failed} passed, {failed} failed ({total:.0f} s of notebooks)")
     return [results[i] for i in range(len(jobs))]
+
+
+def _fresh(course, task: Task, folder: Path) -> Path:
+    """The notebook as a build writes it, in a file of its own."""
+    from labs_lib.build.notebooks import dumps, generate
+
+    path = folder / "fresh" / f"{task.entry.stem}.{task.kind}.ipynb"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(dumps(generate(course, task.entry).notebooks[task.kind]), encoding="utf-8")
+    return path
 
 
 def _near(path: Path) -> str:
@@ -229,6 +241,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="a check that is not OK fails; the solutions' default"
     )
+    parser.add_argument(
+        "--fresh", action="store_true", help="the notebooks as the course ships them, without your work"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -244,6 +259,7 @@ def main(args: argparse.Namespace) -> int:
             kind,
             args.profile or ("smoke" if kind == STUDENT else "cpu"),
             args.strict or kind == SOLUTION,
+            args.fresh,
         )
         for kind in kinds
         for entry in course.manifest.select(args.labs)

@@ -21,14 +21,16 @@ BEGIN, END, STUB = "### BEGIN SOLUTION", "### END SOLUTION", "### STUB:"
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake, and where it is: printed as `file, cell 7 (line 83): what`."""
+    """One mistake, and where it is: printed as `file, cell 7 (line 83): what`. A note is no mistake."""
 
     file: str
     message: str
     cell: str = ""
+    note: bool = False
 
     def __str__(self) -> str:
-        return f"{self.file}, {self.cell}: {self.message}" if self.cell else f"{self.file}: {self.message}"
+        where = f"{self.file}, {self.cell}" if self.cell else self.file
+        return f"{'note: ' if self.note else ''}{where}: {self.message}"
 
 
 @dataclass(frozen=True)

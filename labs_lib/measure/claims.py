@@ -63,6 +63,9 @@ class Claim:
     would_tell: str = ""
     reported: tuple[Mapping[str, Any], ...] = ()
 
+    def __repr__(self) -> str:
+        return f"<claim {self.id} ({self.where}): {self.says}>"
+
     def observe(
         self,
         value: Any = None,

@@ -1,15 +1,17 @@
 """Verdicts: a judged measurement, in one line for the terminal and as a table for the notebook."""
 
 import html
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from labs_lib.measure.context import Context
-from labs_lib.measure.rules import UNKNOWN, combine, measured
+from labs_lib.measure.rules import HOLDS, UNKNOWN, combine, measured
 
 if TYPE_CHECKING:
     from labs_lib.measure.claims import Claim, Part
+
+ONE_LINE = 4  # measurements that one line has room for; more are counted
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,16 @@ class Verdict:
         model = self.context.model or "shipped"
         return f" on {model}" if "/" in model else f" on the {model} base"
 
+    def __repr__(self) -> str:
+        """Short, since `observe` has printed the line and a notebook shows the table."""
+        return f"<claim {self.claim.id}: {self.word or 'no verdict (smoke run)'}>"
+
     def __str__(self) -> str:
         head = f"Claim {self.claim.id} ({self.claim.where}): "
+        if len(self.items) > ONE_LINE:
+            if self.smoke:
+                return f"{head}smoke run, no verdict ({len(self.items)} measurements)"
+            return f"{head}{self.word}{self.scope}: " + "; ".join(self._by_part())
         plain = "; ".join(": ".join(filter(None, (item.short, item.measured))) for item in self.items)
         if self.smoke:
             return f"{head}smoke run, no verdict (measured {plain})"
@@ -76,6 +86,14 @@ class Verdict:
             return f"{head}{self.word}{self.scope}: " + "; ".join(each)
         why = next((f" ({item.why})" for item in self.items if item.why), "") if self.word == UNKNOWN else ""
         return f"{head}{self.word}{self.scope}{why}: measured {plain}{self._right_if()}"
+
+    def _by_part(self) -> Iterator[str]:
+        """Each part's verdict, and how many of its measurements hold."""
+        for part in dict.fromkeys(item.part for item in self.items):
+            items = [item for item in self.items if item.part == part]
+            held = sum(item.verdict == HOLDS for item in items)
+            count = f"{held} of {len(items)} hold" if len(items) > 1 else items[0].measured
+            yield f"{part.label or 'this run'}: {combine([item.verdict for item in items])} ({count})"
 
     def _right_if(self) -> str:
         parts = [item.part for item in self.items if not item.part.rule.boolean]
@@ -93,12 +111,13 @@ class Verdict:
         head = "".join(f'<th style="text-align:left">{title}</th>' for title in titles)
         rows = "".join(self._row(item) for item in self.items)
         notes = "".join(f"<div>{html.escape(note)}</div>" for note in self._notes())
+        notes = notes and f'<div style="font-size:90%;opacity:.8">{notes}</div>'
         return (
             f'<div style="margin:.4em 0"><b>Claim {self.claim.id}</b> '
             f"({html.escape(self.claim.where)}): &ldquo;{html.escape(self.claim.quote)}&rdquo; "
             f"&mdash; <b>{html.escape(word)}</b>"
             f'<table style="margin:.3em 0"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
-            f'<div style="font-size:90%;opacity:.8">{notes}</div></div>'
+            f"{notes}</div>"
         )
 
     def _row(self, item: Item) -> str:

@@ -1,7 +1,8 @@
 """`labs sweep NAME`: run a named sweep point by point, resumable, and record it when it is complete.
 
-A sweep has two stages with equal effort for every arm: each arm tries the same learning rates with one seed, then runs
-the best of them with fresh seeds, which alone are reported. What the sweeps are stands in `sweeps`.
+A sweep has two stages with equal effort for every arm: each arm tries the same learning rates with one seed, scored on
+the validation split, then runs the best of them with fresh seeds, scored on the test split, which alone are reported.
+What the sweeps are stands in `sweeps`.
 """
 
 import argparse
@@ -20,6 +21,8 @@ from labs_lib.paths import cache
 from labs_lib.training.sweeps import SWEEPS, Arm, Sweep
 
 KNOWN_FACTS_PROBED = 512
+STYLE_ROWS_SCORED = 48
+SPLIT = {"sweep": "validation", "final": "test"}  # stage -> what it is scored on
 
 
 def adapt(model, arm: Arm, seed: int):
@@ -59,8 +62,13 @@ def adapt(model, arm: Arm, seed: int):
     return get_peft_model(model, config)
 
 
-def evaluate(model, tokenizer, task: str, tenant: str | None, data) -> dict[str, float]:
-    """The task's scores, and the recall of facts the base knew before (1 - forgetting)."""
+def evaluate(model, tokenizer, task: str, tenant: str | None, rows) -> dict[str, float]:
+    """The task's scores on `rows` of one split, and the recall of facts the base knew before (1 - forgetting).
+
+    The splits of the knowledge task are the same facts, because what was not trained cannot be recalled: there is
+    nothing to hold out, and the rate is chosen by the very quantity that is asked for. Fresh seeds keep the lucky draw
+    of the choice out of the result. A style must hold for products that neither training nor the choice has seen.
+    """
     from labs_lib.measure.quality import recall, style_quality
     from labs_lib.world.tasks import known_facts
     from labs_lib.world.tenants import load_tenant
@@ -70,9 +78,9 @@ def evaluate(model, tokenizer, task: str, tenant: str | None, data) -> dict[str,
         "kept": fmean(recall(model, tokenizer, {k: [f[k] for f in known] for k in ("prompt", "completion")}))
     }
     if task == "knowledge":
-        scores["score"] = fmean(recall(model, tokenizer, data["test"][:]))
+        scores["score"] = fmean(recall(model, tokenizer, rows))
     else:
-        style = style_quality(model, tokenizer, data["test"][:48], load_tenant(tenant))
+        style = style_quality(model, tokenizer, rows, load_tenant(tenant))
         scores |= {"score": style.exact, "compliance": style.compliance, "fidelity": style.fidelity}
     return scores
 
@@ -100,7 +108,9 @@ def run_point(point: dict, size: str = "small", progress: bool = False) -> dict:
             progress=progress,
         )
         measured = {"loss": run.final_loss, "params": run.trainable_parameters}
-        measured |= evaluate(model, tokenizer, point["task"], point.get("tenant"), data)
+        rows = data[SPLIT[point["stage"]]]
+        rows = rows[:STYLE_ROWS_SCORED] if point["task"] == "style" else rows[:]
+        measured |= evaluate(model, tokenizer, point["task"], point.get("tenant"), rows)
     except LabsError as error:  # a rate at which the loss diverges is a result: it scores nothing
         if "loss became" not in str(error):
             raise
@@ -124,7 +134,8 @@ def points(sweep: Sweep, rows: list[dict]) -> Iterator[dict]:
 
 def best_rate(rows: list[dict], arm: Arm, task: str, rates: tuple[float, ...]) -> float | None:
     """The learning rate with the best score of the first stage (ties: the lower loss); None until all are in."""
-    done = [r for r in rows if r["stage"] == "sweep" and r["arm"]["name"] == arm.name and r["label"] == task]
+    first = [r for r in rows if r["stage"] == "sweep" and r["arm"]["name"] == arm.name and r["label"] == task]
+    done = [r for r in first if r["lr"] in rates]
     if {r["lr"] for r in done} != set(rates):
         return None
     best = max(done, key=lambda r: (r["score"], -(r["loss"] if r["loss"] is not None else float("inf"))))
@@ -135,37 +146,45 @@ def _key(point: dict) -> str:
     return json.dumps([point["arm"]["name"], point["label"], point["stage"], point["lr"], point["seed"]])
 
 
+def log_path(sweep: Sweep) -> Path:
+    """Where a sweep's finished points are kept; another definition or another base model has another file."""
+    base = hashlib.sha256((base_folder(sweep.size) / "model.safetensors").read_bytes()).hexdigest()
+    settings = json.dumps([sweep.to_dict(), base], sort_keys=True)
+    return cache() / "sweeps" / f"{sweep.name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.jsonl"
+
+
 def run_sweep(sweep: Sweep, jobs: int = 1, limit: int | None = None) -> Path | None:
-    """Run what is missing of a sweep; returns the record's path once it is complete, None if `limit` came first."""
+    """Run what is missing of a sweep; returns the record's path once it is complete, None if `limit` came first.
+
+    Rows of the log that the sweep does not ask for, or no longer, are left out of the record.
+    """
     from tqdm.std import tqdm
 
     from labs_lib.measure.records import Record, save_record
 
-    base = hashlib.sha256((base_folder(sweep.size) / "model.safetensors").read_bytes()).hexdigest()
-    settings = json.dumps([sweep.to_dict(), base], sort_keys=True)
-    log = cache() / "sweeps" / f"{sweep.name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.jsonl"
+    log = log_path(sweep)
     log.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    done = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     total = len(sweep.arms) * len(sweep.tasks) * sweep.seeds
     total += len(sweep.tasks) * sum(len(arm.rates or sweep.rates) for arm in sweep.arms)
-    bar = tqdm(total=total, initial=len(rows), unit="run", ncols=90, desc=sweep.name)
-    while limit is None or limit > 0:
-        done = {_key(row) for row in rows}
-        missing = [point for point in points(sweep, rows) if _key(point) not in done][:limit]
-        if not missing:
+    bar = tqdm(total=total, unit="run", ncols=90, desc=sweep.name)
+    while True:
+        rows = {_key(row): row for row in done}
+        plan = {_key(point): point for point in points(sweep, done)}
+        missing = [point for key, point in plan.items() if key not in rows]
+        bar.update(len(plan) - len(missing) - bar.n)
+        if not missing or limit == 0:
             break
-        for row in _results(missing, sweep.size, jobs):
-            rows.append(row)
+        for row in _results(missing[:limit], sweep.size, jobs):
+            done.append(row)
             with log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             bar.update()
-        limit = None if limit is None else limit - len(missing)
+        limit = None if limit is None else limit - len(missing[:limit])
     bar.close()
-    if len(rows) < total:
+    if missing:
         return None
-    order = {_key(point): i for i, point in enumerate(points(sweep, rows))}
-    rows.sort(key=lambda row: order[_key(row)])
-    return save_record(Record(f"sweep_{sweep.name}", rows, note=sweep.note))
+    return save_record(Record(f"sweep_{sweep.name}", [rows[key] for key in plan], note=sweep.note))
 
 
 def _results(todo: list[dict], size: str, jobs: int) -> Iterator[dict]:

@@ -1,6 +1,6 @@
 """The recorded sweeps of the course: which arms, tasks, learning rates and seeds. `sweep` runs them."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -60,7 +60,7 @@ def _lora(rank: int, targets: str | tuple[str, ...] = "all-linear", label: str =
     return Arm(f"LoRA r{rank}, {label}", rank=rank, alpha=2 * rank, targets=targets)
 
 
-_RATES = (1e-3, 3e-3, 1e-2)
+_RATES = (1e-3, 3e-3, 5e-3, 1e-2, 2e-2)
 _UNTUNED = (2e-4,)  # the rate that most LoRA and DoRA recipes for 7B models print
 # Of 20,000 parameters, q and v buy rank 9, attention 4, the MLP 3, all linear layers 2.
 _QV_R9 = Arm("LoRA r9, q and v", rank=9, alpha=18, targets=("q_proj", "v_proj"))
@@ -98,7 +98,7 @@ SWEEPS = {
                 _R8,
                 _R64,
                 Arm("DoRA r8, all linear", method="dora"),
-                Arm("IA3", method="ia3", rates=(1e-2, 3e-2, 1e-1)),
+                Arm("IA3", method="ia3", rates=(1e-2, 3e-2, 1e-1, 3e-1)),
                 Arm("LoRA r8, untuned", rates=_UNTUNED),
                 Arm("DoRA r8, untuned", method="dora", rates=_UNTUNED),
             ),
@@ -109,7 +109,7 @@ SWEEPS = {
         Sweep(
             name="tune_lora_style",
             note="One tenant's style without a guide in the prompt: targets, rank, full fine-tuning.",
-            arms=(_QV_R9, _R2, _R8, _R64, _FULL),
+            arms=(_QV_R9, _R2, _R8, _R64, replace(_FULL, rates=(1e-4, 3e-4, 1e-3))),
             tasks=(Task("style", "style", steps=60, batch=16, tenant=TENANT),),
             rates=_RATES,
             seeds=5,

@@ -1,5 +1,6 @@
 """`labs build` and its `--check`: the same text every time, every difference named, outputs tied to their code."""
 
+import argparse
 import json
 import sys
 
@@ -10,8 +11,13 @@ from labs_lib.build.source import SOLUTION, STUDENT
 from labs_lib.errors import LabsError
 
 
-def told(course):
-    return [str(problem) for problem in check(course, course.manifest.labs)]
+def told(course, strict=True):
+    return [str(problem) for problem in check(course, course.manifest.labs, strict)]
+
+
+def failures(course):
+    """What a person is told that is not only a note."""
+    return [str(problem) for problem in check(course, course.manifest.labs) if not problem.note]
 
 
 def rewrite(path, change):
@@ -151,16 +157,21 @@ def test_edited_student_notebooks(built, change, says):
 
 
 def test_missing_broken_and_stray_files(built):
+    """Jupyter's copies of a lab, and notebooks without a number, are a learner's own."""
     entry = built.manifest.labs[0]
     built.path(entry, STUDENT).unlink()
     built.path(entry, SOLUTION).write_text("<<<<<<< HEAD")
     (built.root / "notebooks" / "42_stray.ipynb").write_text("{}")
-    (built.root / "notebooks" / "my own notes.ipynb").write_text("{}")
+    for name in ("my own notes", "90_sums-Copy1"):
+        (built.root / "notebooks" / f"{name}.ipynb").write_text("{}")
     messages = told(built)
     assert "notebooks/90_sums.ipynb: missing or unreadable: run `labs build 90`" in messages
     assert "solutions/90_sums.ipynb: missing or unreadable: run `labs build 90`" in messages
     assert "notebooks/42_stray.ipynb: the manifest lists no such lab" in messages
     assert len(messages) == 3
+    assert len(failures(built)) == 2  # the stray one may be somebody's
+    (problem,) = build(built, built.manifest.labs)
+    assert str(problem).startswith("solutions/90_sums.ipynb: cannot be read; `labs build 90 --execute` would")
 
 
 def test_a_missing_source_is_named_and_the_others_are_built(course):
@@ -176,16 +187,106 @@ def test_a_lab_with_a_mistake_is_not_written(course, edit):
     assert not course.path(course.manifest.labs[0], STUDENT).exists()
 
 
-def test_work_in_a_student_notebook_is_not_overwritten(built):
-    path = built.path(built.manifest.labs[0], STUDENT)
-    output = {"output_type": "stream", "name": "stdout", "text": "mine"}
-    rewrite(path, lambda nb: nb["cells"][5].update(source="mean = 3", outputs=[output]))
+def save(path, edit=(), output=None):
+    """Save a notebook as Jupyter does: with its own metadata and layout, cells `edit` rewritten, one output."""
+
+    def change(notebook):
+        notebook["metadata"]["language_info"] = {"name": "python", "version": "3.12.1"}
+        notebook["metadata"]["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {}}}
+        notebook["cells"][0]["metadata"]["collapsed"] = True
+        notebook["cells"][1]["execution_count"] = 7
+        for i in edit:
+            notebook["cells"][i]["source"] = "mean = 3"
+        if output:
+            notebook["cells"][5]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": output}]
+
+    rewrite(path, change)
+
+
+def test_a_notebook_that_was_only_opened_and_saved_is_up_to_date_for_a_person(built):
+    for kind in (STUDENT, SOLUTION):
+        save(built.path(built.manifest.labs[0], kind))
+    assert told(built, strict=False) == []
+    assert len(told(built)) == 2
+    assert build(built, built.manifest.labs) == [] and told(built) == []  # there is nothing to lose
+
+
+@pytest.mark.parametrize("kind", [STUDENT, SOLUTION])
+@pytest.mark.parametrize(
+    ("done", "says"),
+    [
+        ({"edit": [5, 6], "output": "/home/me"}, "2 cells changed, outputs saved"),
+        ({"edit": [5]}, "1 cell changed"),
+        ({"output": "mine"}, "outputs saved"),
+    ],
+)
+def test_a_person_s_work_is_noted_and_left_and_refused_in_continuous_integration(built, kind, done, says):
+    path = built.path(built.manifest.labs[0], kind)
+    save(path, **done)
     mine = path.read_bytes()
-    (problem,) = build(built, built.manifest.labs)
-    assert "perhaps your work" in str(problem)
+    command = {STUDENT: "labs build 90 --fresh", SOLUTION: "labs build 90 --execute"}[kind]
+    note = (
+        f"note: {built.name(path)}: holds your own work ({says}), left as it is; "
+        f"`{command}` would replace it, keeping a copy"
+    )
+    assert told(built, strict=False) == [note] and failures(built) == []
+    assert [str(problem) for problem in build(built, built.manifest.labs)] == [note]
     assert path.read_bytes() == mine
-    assert build(built, built.manifest.labs, force=True) == []
-    assert path.read_bytes() != mine
+    assert any(message.startswith(built.name(path)) for message in told(built))
+
+
+def test_a_changed_source_fails_for_everyone_and_saved_work_on_the_old_one_is_left(built, edit):
+    path = built.path(built.manifest.labs[0], STUDENT)
+    save(path, edit=[5])
+    mine = path.read_bytes()
+    edit("The mean is", "A mean is")
+    said = "notebooks/90_sums.ipynb: holds your own work on another version of the lab; "
+    assert any(message.startswith(said) for message in failures(built))
+    assert any(message.startswith("solutions/90_sums.ipynb, cell 3") for message in failures(built))
+    (problem,) = build(built, built.manifest.labs)
+    assert str(problem).startswith(said) and not problem.note
+    assert path.read_bytes() == mine
+
+
+def test_starting_over_keeps_a_copy(built):
+    path = built.path(built.manifest.labs[0], STUDENT)
+    save(path, edit=[5], output="mine")
+    mine = path.read_bytes()
+    (problem,) = build(built, built.manifest.labs, fresh=True)
+    (copy,) = path.parent.glob("90_sums.mine-*.ipynb")
+    assert problem.note and str(problem).endswith(f"what you had there is now notebooks/{copy.name}")
+    assert copy.read_bytes() == mine
+    assert told(built) == []
+
+
+def test_notebooks_without_the_stamp_of_a_build_are_somebody_s(built):
+    """As older versions of the course wrote them, or as a tool that drops metadata leaves them."""
+    path = built.path(built.manifest.labs[0], STUDENT)
+    rewrite(path, lambda nb: nb["metadata"].pop("labs"))
+    assert "its metadata" in failures(built)[0]
+    assert build(built, built.manifest.labs) == [] and told(built) == []  # the same cells: nothing to lose
+    save(path, edit=[5])
+    rewrite(path, lambda nb: nb["metadata"].pop("labs"))
+    assert "on another version of the lab" in failures(built)[0]
+
+
+@pytest.mark.parametrize(("words", "status"), [([], 0), (["--strict"], 1)])
+def test_the_exit_status_tells_work_from_drift(built, monkeypatch, capsys, words, status):
+    from labs_lib.build import notebooks
+
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr(notebooks, "this_course", lambda: built)
+    save(built.path(built.manifest.labs[0], STUDENT), edit=[5])
+
+    def run():
+        parser = argparse.ArgumentParser()
+        notebooks.add_arguments(parser)
+        return notebooks.main(parser.parse_args(["--check", *words]))
+
+    assert run() == status
+    assert ("2 labs: up to date" in capsys.readouterr().out) == (status == 0)
+    monkeypatch.setenv("CI", "true")
+    assert run() == 1
 
 
 def test_the_readme_index_is_written_and_checked(built):

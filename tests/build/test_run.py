@@ -1,5 +1,7 @@
 """`labs run` and `labs course`, on real kernels: what passes, what fails and how it is told, time and memory."""
 
+import shutil
+
 import nbformat
 import pytest
 
@@ -88,6 +90,15 @@ def test_a_report_of_both(pair):
         and "ValueError: on purpose" in index
     )
     assert "ValueError" in (folder / "91_bad.html").read_text()
+
+
+def test_a_fresh_run_takes_the_notebook_as_built_not_as_saved(executed, tmp_path, capsys):
+    entry = executed.manifest.labs[1]
+    broken = Course(tmp_path / "course", executed.manifest)
+    shutil.copytree(executed.root, broken.root)
+    broken.path(entry, STUDENT).write_text("half an ans")
+    (result,) = run_tasks(broken, [Task(entry, STUDENT, "smoke", False, fresh=True)], tmp_path / "done")
+    assert result.error == ""
 
 
 def test_a_missing_notebook_is_a_sentence(pair):

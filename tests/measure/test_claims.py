@@ -319,6 +319,26 @@ def test_wrong_use_is_one_clear_sentence(wrong, says):
     assert "\n" not in str(error.value)
 
 
+def test_a_repr_is_short_enough_to_be_stored_beside_the_table():
+    assert repr(claim(37)) == "<claim 37 (section 9): Two float32 copies of a 7B model are 42 GB.>"
+    assert repr(claim(37).observe(53.9)) == "<claim 37: fails>"
+    context.set(profile="smoke")
+    assert repr(claim(37).observe(53.9)) == "<claim 37: no verdict (smoke run)>"
+
+
+def test_many_measurements_are_counted_in_one_line():
+    sizes = {"a": 16.8, "b": 33.6, "c": 80, "d": 160}
+    verdict = claim(35).observe(parts={"twenty_mb": sizes, "ten_to_fifty_mb": sizes, "copies": 674})
+    assert str(verdict).endswith(
+        ": depends: twenty mb: depends (1 of 4 hold); ten to fifty mb: depends (2 of 4 hold); copies: holds (674 GB)"
+    )
+    assert verdict._repr_html_().count("<tr>") == 1 + 9
+    context.set(profile="smoke")
+    assert "no verdict (9 measurements)" in str(
+        claim(35).observe(parts=dict.fromkeys(["twenty_mb", "ratio"], sizes) | {"copies": 1})
+    )
+
+
 def test_html_is_escaped_and_shows_what_others_report():
     html = claim(19).observe(614400)._repr_html_()
     assert "&lt;1K params" in html and "<1K" not in html

@@ -18,7 +18,8 @@ def test_a_source_keeps_the_rules(entry):
 
 @pytest.mark.parametrize("entry", LABS, ids=lambda entry: entry.stem)
 def test_the_notebooks_are_what_a_build_writes(entry):
-    assert [str(problem) for problem in check(COURSE, [entry])] == []
+    """Work that somebody has saved in one is noted; `labs build --check` in continuous integration refuses it."""
+    assert [str(problem) for problem in check(COURSE, [entry]) if not problem.note] == []
 
 
 @pytest.mark.parametrize("entry", LABS, ids=lambda entry: entry.stem)

@@ -62,6 +62,40 @@ def test_best_rate_waits_for_every_rate_and_breaks_ties_by_loss():
     assert sweeping.best_rate([row(1, 0.5, 1.0), row(2, 0.0, None)], arm, "t", (1, 2)) == 1
 
 
+def test_rates_and_finals_that_the_plan_does_not_ask_for_are_left_out(monkeypatch):
+    """As when the rows of a narrower or wider grid are copied into the log: nothing planned is run again."""
+    monkeypatch.setattr(
+        sweeping, "run_point", lambda point, size: point | {"score": point["lr"], "loss": 1.0}
+    )
+    assert sweeping.run_sweep(SMALL)
+    log = sweeping.log_path(SMALL)
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    extra = [row | {"lr": 7.0, "score": 1.0} for row in rows if row["arm"]["name"] == "a"]
+    assert {row["stage"] for row in extra} == {"sweep", "final"}
+    log.write_text("".join(json.dumps(row) + "\n" for row in [*extra, *reversed(rows)]))
+    assert sweeping.run_sweep(SMALL)
+    before, after = load_records("sweep_test")
+    assert after.rows == before.rows
+    assert len(log.read_text().splitlines()) == len(extra) + len(rows)
+
+
+@pytest.mark.parametrize(("stage", "split"), [("sweep", "validation"), ("final", "test")])
+def test_a_style_s_rate_is_chosen_on_validation_and_reported_on_test(stage, split, monkeypatch):
+    from labs_lib.measure import quality
+    from labs_lib.world.tasks import load_task
+
+    scored = {}
+    real = quality.style_quality
+    monkeypatch.setattr(quality, "style_quality", lambda *a, **k: scored.update(rows=a[2]) or real(*a, **k))
+    monkeypatch.setattr(sweeping, "KNOWN_FACTS_PROBED", 8)
+    monkeypatch.setattr(sweeping, "STYLE_ROWS_SCORED", 4)
+    task = Task("style", "style", steps=1, batch=4, tenant="fathom-eleven")
+    point = task.settings() | {"arm": SMALL.arms[0].to_dict(), "stage": stage, "seed": 0, "lr": 1e-3}
+    assert "compliance" in sweeping.run_point(point, "tiny")
+    expected = load_task("style", tenant="fathom-eleven")[split][:4]
+    assert scored["rows"]["prompt"] == expected["prompt"]
+
+
 def test_a_divergent_rate_is_a_result(tmp_path):
     point = next(sweeping.points(SMALL, []))
     row = sweeping.run_point(point | {"lr": 1e30, "steps": 6}, "tiny")

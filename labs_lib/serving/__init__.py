@@ -1,0 +1,1 @@
+"""Multi-adapter serving: one base model, many LoRA adapters, chosen per request and batched together."""

@@ -1,0 +1,308 @@
+"""What the engine is compared with: other ways to serve the same adapters, in the same continuous batching.
+
+Each arm is an executor for the engine's own scheduler, key/value pages and windows, so that arms differ in one thing:
+how a batch of rows with different adapters goes through the model. Before anything is timed, `verify` runs each
+answer through the model that PEFT itself has merged.
+"""
+
+import copy
+import itertools
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from labs_lib.errors import LabsError
+from labs_lib.serving.engine import Engine
+from labs_lib.serving.executor import ModelExecutor, Rows, check_model
+from labs_lib.serving.layout import Layout
+from labs_lib.serving.pool import Pool
+from labs_lib.serving.scheduler import Queue
+from labs_lib.serving.tiers import HostAdapter
+from labs_lib.serving.types import Result
+
+TIE = 1e-3  # logits this close count as equal: merged and unmerged weights round differently in float32
+
+
+def share(model):
+    """A second model with modules of its own and the very same weights, so that arms can wrap it differently."""
+    weights = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(each): each for each in weights})
+
+
+def merged(model, folder: Path):
+    """A copy of the model with an adapter merged in, by PEFT."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(copy.deepcopy(model), folder).merge_and_unload().eval()
+
+
+class Plain(ModelExecutor):
+    """The base model alone, its layers not wrapped: what serving costs without adapters."""
+
+    def __init__(self, model, pool: Pool) -> None:
+        check_model(model)
+        self.model, self.layout, self.pool = model, pool.layout, pool
+        self.device, self.dtype = model.device, model.get_input_embeddings().weight.dtype
+        self._rows, self._window, self._index = (), None, None
+
+    def _index_of(self, rows: Rows, tokens: int) -> None:
+        return None
+
+    def _use(self, index: None, slots: list) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def load_peft(model, folders: Mapping[str, Path]):
+    """A PeftModel with all adapters loaded, each named by its sha256."""
+    from peft import PeftModel
+
+    peft = None
+    for sha, folder in folders.items():
+        if peft is None:
+            peft = PeftModel.from_pretrained(model, folder, adapter_name=sha)
+        else:
+            peft.load_adapter(folder, adapter_name=sha)
+    return peft.eval()
+
+
+class PeftMixed(Plain):
+    """PEFT's `adapter_names`: one forward pass, in each layer a loop over the adapters of the batch."""
+
+    def __init__(self, model, pool: Pool, folders: Mapping[str, Path]) -> None:
+        super().__init__(model, pool)
+        self.peft, self._names = load_peft(model, folders), []
+        self.model = self._call
+
+    def _call(self, **inputs):
+        return self.peft(**inputs, adapter_names=self._names)
+
+    def prefill(self, rows: Rows) -> list[int]:
+        self._names = [row.request.adapter or "__base__" for row in rows]
+        return super().prefill(rows)
+
+    def decode(self, rows: Rows) -> list[int]:
+        self._names = [row.request.adapter or "__base__" for row in rows]
+        return super().decode(rows)
+
+
+class Grouped(Plain):
+    """A forward pass for each distinct adapter of the batch, with the model that `model_for(adapter)` gives."""
+
+    def __init__(self, model, pool: Pool, model_for: Callable[[str | None], object]) -> None:
+        super().__init__(model, pool)
+        self._model_for, self._adapters = model_for, []
+
+    def prefill(self, rows: Rows) -> list[int]:
+        order = sorted(range(len(rows)), key=lambda i: rows[i].slot.number)  # so that groups are neighbours
+        rows = [rows[i] for i in order]
+        self._adapters = [row.request.adapter for row in rows]
+        tokens = super().prefill(rows)
+        return [token for _, token in sorted(zip(order, tokens, strict=True))]
+
+    def decode(self, rows: Rows) -> list[int]:
+        self._adapters = [row.request.adapter for row in rows]
+        return super().decode(rows)
+
+    def _forward(self, tokens, positions, seen, window) -> torch.Tensor:
+        logits, start = [], 0
+        for adapter, group in itertools.groupby(self._adapters):
+            rows = slice(start, start + len(list(group)))
+            part = copy.copy(window)
+            part.cells = window.cells[rows]
+            self.model = self._model_for(adapter)
+            logits.append(super()._forward(tokens[rows], positions[rows], seen[rows], part))
+            start = rows.stop
+        return torch.cat(logits)
+
+
+class Switch:
+    """`model_for` by PEFT's `set_adapter`, which is called when the adapter changes."""
+
+    def __init__(self, model, folders: Mapping[str, Path]) -> None:
+        self.peft, self._now = load_peft(model, folders), ""
+
+    def __call__(self, adapter: str | None):
+        if adapter != self._now:
+            if adapter is None:
+                self.peft.base_model.disable_adapter_layers()
+            else:
+                if self._now is None:
+                    self.peft.base_model.enable_adapter_layers()
+                self.peft.set_adapter(adapter)
+            self._now = adapter
+        return self.peft
+
+
+class Copies:
+    """`model_for` by one full model per adapter."""
+
+    def __init__(self, model, folders: Mapping[str, Path]) -> None:
+        self._models = {None: model} | {sha: merged(model, folder) for sha, folder in folders.items()}
+
+    def __call__(self, adapter: str | None):
+        return self._models[adapter]
+
+
+class Ready:
+    """A loader for arms that hold all their adapters already."""
+
+    def __init__(self) -> None:
+        self._asked: list[str] = []
+
+    def start(self, adapter: str) -> None:
+        self._asked.append(adapter)
+
+    def finished(self) -> list[tuple[str, HostAdapter]]:
+        asked, self._asked = self._asked, []
+        return [(adapter, HostAdapter(adapter, pages=1, nbytes=0)) for adapter in asked]
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class Setup:
+    """What all arms share: the model, adapter folders by sha256, and the engine's settings."""
+
+    model: object
+    folders: Mapping[str, Path]
+    batch: int = 32
+    slots: int = 32
+    rank: int = 8
+    kv_tokens: int = 8192
+    host_bytes: int = 256 << 20
+    queue: int = 1 << 20  # waiting requests: a benchmark turns nobody away
+    policy: str = "separate"
+    clock: Callable[[], float] = time.perf_counter
+
+
+FOREIGN = {
+    "base": "base model alone",
+    "peft_mixed": "PEFT adapter_names",
+    "peft_switch": "PEFT set_adapter",
+    "merged": "a merged copy for each",
+}
+
+
+def build(name: str, setup: Setup) -> Engine:
+    """The engine of an arm: `engine` or `engine:<op>` is ours, the others are those of `FOREIGN`.
+
+    The base's `requests` should have no adapter. Close it after use.
+    """
+    model = share(setup.model)
+    if name == "engine" or name.startswith("engine:"):
+        return Engine(
+            model,
+            setup.folders.__getitem__,
+            slots=setup.slots,
+            max_rank=setup.rank,
+            max_batch=setup.batch,
+            kv_tokens=setup.kv_tokens,
+            host_bytes=setup.host_bytes,
+            policy=setup.policy,
+            queue_limit=setup.queue,
+            op=name.partition(":")[2] or "auto",
+            clock=setup.clock,
+        )
+    dtype = model.get_input_embeddings().weight.dtype
+    slots = max(1, len(setup.folders))
+    pool = Pool(Layout.of(model), slots, 1, setup.kv_tokens, "separate", dtype, model.device)
+    pool.adapters = None  # these arms keep their adapters themselves
+    if name == "base":
+        executor = Plain(model, pool)
+    elif name == "peft_mixed":
+        executor = PeftMixed(model, pool, setup.folders)
+    elif name == "peft_switch":
+        executor = Grouped(model, pool, Switch(model, setup.folders))
+    elif name == "merged":
+        executor = Grouped(model, pool, Copies(setup.model, setup.folders))
+    else:
+        raise LabsError(f"There is no arm {name!r}: engine, engine:<op>, {', '.join(FOREIGN)}.")
+    return Engine.from_parts(
+        executor,
+        pool,
+        Ready(),
+        max_tokens=model.config.max_position_embeddings,
+        vocabulary=model.get_input_embeddings().num_embeddings,
+        max_batch=setup.batch,
+        host_bytes=1 << 60,
+        queue=Queue("fcfs", setup.queue),
+        prefix_cache=True,
+        clock=setup.clock,
+    )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How many tokens were compared; `ties` are other tokens whose logit was equal within `TIE`."""
+
+    requests: int
+    tokens: int
+    ties: int
+    wrong: int  # tokens
+    wrong_requests: int
+    failed: int  # requests that ended with an error
+
+    @property
+    def right(self) -> bool:
+        return not (self.wrong or self.failed) and self.tokens > 0
+
+    def __str__(self) -> str:
+        return f"{self.tokens:,} tokens of {self.requests} requests, {self.wrong} wrong, {self.ties} ties" + (
+            f", {self.failed} requests failed" if self.failed else ""
+        )
+
+
+class Oracle:
+    """The truth about greedy answers: each token must be the best of the model that PEFT merged, given those before."""
+
+    def __init__(self, model, folders: Mapping[str, Path], keep: int = 64) -> None:
+        self._base, self._folders, self._keep = model, folders, keep
+        self._models: OrderedDict[str, object] = OrderedDict()
+
+    def model(self, adapter: str | None):
+        if adapter is None:
+            return self._base
+        if adapter not in self._models:
+            self._models[adapter] = merged(self._base, self._folders[adapter])
+            if len(self._models) > self._keep:
+                self._models.popitem(last=False)
+        self._models.move_to_end(adapter)
+        return self._models[adapter]
+
+    @torch.inference_mode()
+    def gaps(self, result: Result, adapter: str | None) -> torch.Tensor:
+        """For each token of an answer: by how much the best logit of that adapter's model exceeds the token's."""
+        prompt, tokens = result.request.prompt, result.tokens
+        model = self.model(adapter)
+        ids = torch.tensor([prompt + tokens[:-1]], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :].float()
+        return logits.amax(-1) - logits[torch.arange(len(tokens)), tokens]
+
+    def verify(self, results: Iterable[Result], adapters: int | None = None) -> Verdict:
+        """Compare answers with the truth; with `adapters`, only those of the first so many distinct ones."""
+        chosen: dict[str | None, list[Result]] = {}
+        failed = 0
+        for result in results:
+            if result.error is not None:
+                failed += 1
+            elif result.tokens and (
+                result.request.adapter in chosen or adapters is None or len(chosen) < adapters
+            ):
+                chosen.setdefault(result.request.adapter, []).append(result)
+        requests = tokens = ties = wrong = bad = 0
+        for adapter, group in chosen.items():
+            for result in group:
+                gaps = self.gaps(result, adapter)
+                wrong_here = int((gaps > TIE).sum())
+                requests, tokens = requests + 1, tokens + len(gaps)
+                ties += int(((gaps > 0) & (gaps <= TIE)).sum())
+                wrong, bad = wrong + wrong_here, bad + bool(wrong_here)
+        return Verdict(requests, tokens, ties, wrong, bad, failed)

@@ -1,0 +1,211 @@
+"""Running the model on a batch: paged keys and values in, one token per row out.
+
+transformers' own forward runs; keys and values reach it through `Window`, which it takes for its cache. A window is
+the batch's past, gathered from its pages into one tensor with every row right-aligned, so that the next token of
+every row falls into the same column. It is kept while the batch stays the same; new cells are also written back to
+their pages, which remain the one place where a sequence's past lives.
+"""
+
+from collections.abc import Sequence as Rows
+
+import torch
+from transformers import PreTrainedModel
+
+from labs_lib.errors import LabsError
+from labs_lib.serving.batch import Index
+from labs_lib.serving.layers import Step, install, uninstall
+from labs_lib.serving.layout import Layout
+from labs_lib.serving.pool import Pool
+
+SPARE = 32  # columns a window can grow by before it is gathered again
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse what the engine would serve wrong: rotary tables that depend on who else is in the batch, no KV heads."""
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind in ("dynamic", "longrope"):
+        raise LabsError(
+            f"The model's rotary embedding is {kind!r}: it depends on the longest row of a batch, so a tenant's tokens "
+            "would depend on its neighbours. Serve a model with fixed rotary embeddings."
+        )
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        raise LabsError(
+            'Load the model with attn_implementation="sdpa": the engine brings its own attention mask.'
+        )
+
+
+class Window:
+    """The keys and values that one forward pass sees: (rows, columns, cell), the past first, then what is new."""
+
+    def __init__(self, past: torch.Tensor, spare: int) -> None:
+        rows, self.columns, cell = past.shape
+        self.cells = past.new_zeros(rows, self.columns + spare, cell)
+        self.cells[:, : self.columns] = past
+        self.width = 0  # of one layer's keys
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Called by each attention layer with (rows, heads, new, size); returns its keys and values, past and new."""
+        _, heads, new, size = keys.shape
+        width, end = heads * size, self.columns + new
+        both = []
+        for i, states in enumerate((keys, values)):
+            mine = self.cells[:, :end, (2 * layer + i) * width : (2 * layer + i + 1) * width]
+            mine = mine.unflatten(2, (heads, size))
+            mine[:, self.columns :] = states.transpose(1, 2)
+            both.append(mine.transpose(1, 2))
+        return both[0], both[1]
+
+
+class ModelExecutor:
+    """Prefill and decode on a real model.
+
+    Args:
+        model: a Llama-family causal language model; its linear layers are wrapped while the executor is open.
+        pool: slots and KV pages on the model's device.
+        op: how the adapters of a batch are applied (`ops.OPS`), or `auto`: by shape.
+    """
+
+    def __init__(self, model: PreTrainedModel, layout: Layout, pool: Pool, op: str = "auto") -> None:
+        check_model(model)
+        self.model, self.layout, self.pool = model, layout, pool
+        self.device, self.dtype = model.device, model.get_input_embeddings().weight.dtype
+        self.step = Step(pool.adapters.data, layout, op)
+        self._rows: tuple[int, ...] = ()  # ids of the sequences in the window
+        self._window: Window | None = None
+        self._index: Index | None = None
+        install(model, self.step)
+
+    def close(self) -> None:
+        uninstall(self.model)
+
+    @torch.inference_mode()
+    def prefill(self, rows: Rows) -> list[int]:
+        """Run the prompts of new sequences; returns the first token of each.
+
+        Prompts are right-aligned like the past, so that the last column predicts the next token of every row.
+        """
+        cached = [row.reservation.cached for row in rows]
+        new = max(len(row.request.prompt) - c for row, c in zip(rows, cached, strict=True))
+        past = max(cached)
+        tokens = torch.zeros(len(rows), new, dtype=torch.long)
+        positions = torch.zeros(len(rows), new, dtype=torch.long)
+        past_cells = torch.zeros(len(rows), past, dtype=torch.long)  # cell 0 is of page 0: zeros
+        new_cells = torch.zeros(len(rows), new, dtype=torch.long)
+        seen = torch.zeros(len(rows), past + new, dtype=torch.bool)
+        for i, (row, have) in enumerate(zip(rows, cached, strict=True)):
+            prompt, places = row.request.prompt, self._places(row, len(row.request.prompt))
+            count = len(prompt) - have
+            tokens[i, new - count :] = torch.tensor(prompt[have:])
+            positions[i, new - count :] = torch.arange(have, len(prompt))
+            past_cells[i, past - have :] = places[:have]
+            new_cells[i, new - count :] = places[have:]
+            seen[i, past - have : past] = True
+            seen[i, past + new - count :] = True
+        columns = torch.arange(past + new)
+        causal = columns[None, :] <= columns[past:, None]
+        own = (
+            columns[None, :] == columns[past:, None]
+        )  # a padding column sees itself, or its softmax would be NaN
+        window = Window(self.pool.cells()[past_cells.to(self.device)], new)
+        self._use(self._index_of(rows, new), [row.slot for row in rows for _ in range(new)])
+        logits = self._forward(tokens, positions, (causal & seen[:, None, :]) | own, window)
+        real = seen[:, past:].to(self.device)
+        fresh = window.cells[:, past : past + new][real]
+        self.pool.cells()[new_cells.to(self.device)[real]] = fresh
+        return self._sample(logits, rows)
+
+    @torch.inference_mode()
+    def decode(self, rows: Rows) -> list[int]:
+        """One more token for each sequence. The batch should come in slot order: neighbours share an adapter."""
+        ids = tuple(row.id for row in rows)
+        lengths = [row.length - 1 for row in rows]  # cells filled so far; the last token has none yet
+        window = self._window
+        if ids != self._rows or window.columns == window.cells.shape[1]:
+            window = self._gather(rows, lengths)
+        tokens = torch.tensor([[row.tokens[-1]] for row in rows])
+        positions = torch.tensor(lengths)[:, None]
+        self._use(self._index, [row.slot for row in rows])
+        logits = self._forward(tokens, positions, self._seen[:, None, : window.columns + 1], window)
+        places = torch.tensor([self._place(row, length) for row, length in zip(rows, lengths, strict=True)])
+        self.pool.cells()[places.to(self.device)] = window.cells[:, window.columns]
+        window.columns += 1
+        return self._sample(logits, rows)
+
+    def forget(self) -> None:
+        """Drop the window: the next decode step gathers anew."""
+        self._rows, self._window = (), None
+
+    def _gather(self, rows: Rows, lengths: list[int]) -> Window:
+        past = max(lengths)
+        cells = torch.zeros(len(rows), past, dtype=torch.long)
+        seen = torch.ones(len(rows), past + SPARE, dtype=torch.bool)
+        for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            cells[i, past - length :] = self._places(row, length)
+            seen[i, : past - length] = False
+        self._window = Window(self.pool.cells()[cells.to(self.device)], SPARE)
+        self._rows, self._seen = tuple(row.id for row in rows), seen
+        self._index = self._index_of(rows, 1)
+        return self._window
+
+    def _places(self, row, count: int) -> torch.Tensor:
+        """Rows of `pool.cells()` for the first `count` tokens of a sequence."""
+        size = self.pool.tokens_per_page
+        pages = torch.tensor(row.reservation.pages[: -(-count // size)], dtype=torch.long)
+        return (pages[:, None] * size + torch.arange(size)).flatten()[:count]
+
+    def _place(self, row, position: int) -> int:
+        size = self.pool.tokens_per_page
+        return row.reservation.pages[position // size] * size + position % size
+
+    def _index_of(self, rows: Rows, tokens: int) -> Index | None:
+        """Which slot each of the forward pass's rows uses, `tokens` per sequence; None if all are the base model's."""
+        slots = [row.slot.number for row in rows for _ in range(tokens)]
+        if not any(slots):
+            return None
+        return Index(
+            torch.tensor(slots), self.pool.table, contiguous=self.pool.contiguous, device=self.device
+        )
+
+    def _use(self, index: Index | None, slots: list) -> None:
+        self.step.index, self.step.gain_page = index, None
+        if any(slot.gain for slot in slots):
+            self.step.gain_page = self.pool.gain_page[[slot.number for slot in slots]].to(self.device)
+
+    def _forward(self, tokens, positions, seen: torch.Tensor, window: Window) -> torch.Tensor:
+        """Logits (rows, vocabulary) of the last column. `seen` (rows, new, columns) says who may look where."""
+        mask = torch.zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, torch.finfo(self.dtype).min)
+        out = self.model(
+            input_ids=tokens.to(self.device),
+            position_ids=positions.to(self.device),
+            attention_mask=mask[:, None].to(self.device),
+            past_key_values=window,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1].float()
+
+    def _sample(self, logits: torch.Tensor, rows: Rows) -> list[int]:
+        best = logits.argmax(-1).tolist()
+        return [
+            sample(logits[i], row.request.temperature, row.request.top_p, row.generator)
+            if row.request.temperature > 0
+            else best[i]
+            for i, row in enumerate(rows)
+        ]
+
+
+def sample(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """One token from softmax(logits / temperature), cut to the smallest set with probability `top_p` or more.
+
+    On the CPU with the sequence's own generator, so that the result does not depend on who shares the batch.
+    Source of top-p: Holtzman et al. 2020, arXiv:1904.09751, section 3.1.
+    """
+    chances = (logits.cpu().double() / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, order = chances.sort(descending=True, stable=True)
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # the first is always kept
+        chances = torch.zeros_like(chances).scatter_(0, order, ordered)
+    return int(torch.multinomial(chances, 1, generator=generator))
