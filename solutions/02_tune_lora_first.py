@@ -197,20 +197,22 @@ show(
 )
 
 # %% [markdown]
-# Each arm at its own best rate, on five fresh seeds. `edge` marks an arm whose best rate is the grid's last: it might
-# do better still.
+# Each arm at its own best rate, on five fresh seeds. *Edge* marks an arm whose best rate is the first or the last of its
+# grid: beyond, it might do better still.
 
 # %%
+from labs_lib.lab.cards import table
+
+results = []
 for arm in arms:
-    rates = swept(arm)
-    params = next(r["params"] for r in record.rows if r["arm"]["name"] == arm)
-    kept = [100 * r["kept"] for r in record.rows if r["arm"]["name"] == arm and r["stage"] == "final"]
+    rates, rows = swept(arm), [r for r in record.rows if r["arm"]["name"] == arm and r["stage"] == "final"]
     best, edge = pick_rate(rates)
-    note = "edge" if edge and len(rates) > 1 else ""
-    print(
-        f"{arm:30s} {params:8,d} parameters, rate {best:<6g} {mean_ci(scores(arm)).value:6.1f} % new, "
-        f"{mean_ci(kept).value:5.1f} % of old facts kept {note}"
-    )
+    row = {"arm": arm, "trained": f"{rows[0]['params']:,}", "best rate": f"{best:g}"}
+    row["edge"] = "edge" if edge and len(rates) > 1 else ""
+    row["new facts %"] = f"{mean_ci(scores(arm)).value:.1f}"
+    row["old facts kept %"] = f"{mean_ci([100 * r['kept'] for r in rows]).value:.1f}"
+    results.append(row)
+table(results)
 
 # %% tags=["hide-input"]
 equal = ["LoRA r9, q and v", "LoRA r4, attention", "LoRA r3, MLP", "LoRA r2, all linear"]
@@ -231,6 +233,7 @@ for ax, names in (
         )
         ax.plot([row] * 5, scores(name), "_", color=look("lora").color, alpha=0.5)
     ax.set_xticks(range(len(names)), [name.removeprefix("LoRA ").replace(", ", "\n") for name in names])
+    ax.margins(x=0.15)
 finding(
     left,
     f"Best place at equal parameters: {max(equal, key=lambda a: mean_ci(scores(a)).value).split(', ')[1]}",
@@ -248,18 +251,19 @@ show(
 )
 
 # %% [markdown]
-# **One point live.** A record is worth something if it reproduces. Here is one of its runs again, with its seed.
+# **One point live.** A record is worth something if it reproduces. Here is one of its runs again, with its seed. On
+# the model of the record, *you should see* the recorded number.
 
 # %%
 from labs_lib.training.sweep import run_point
 
 kept_keys = ("arm", "label", "task", "facts", "lr", "seed", "steps", "batch", "stage")
 point = next(r for r in record.rows if r["arm"]["name"] == "LoRA r8, all linear" and r["stage"] == "final")
-again = run_point({k: point[k] for k in kept_keys} | {"steps": lab.steps(point["steps"])}, size=lab.size)
-interval = mean_ci(scores("LoRA r8, all linear"))
-print(
-    f"recorded with this seed {100 * point['score']:.1f} %, all seeds {interval}; now {100 * again['score']:.1f} %"
-)
+base = lab.model_id or lab.size
+again = run_point({k: point[k] for k in kept_keys} | {"steps": lab.steps(point["steps"])}, size=base)
+over_all = mean_ci(scores("LoRA r8, all linear"))
+print(f"recorded on small: {100 * point['score']:.1f} % with this seed, {over_all} over all seeds")
+print(f"now, on {base}: {100 * again['score']:.1f} %")
 
 # %% [markdown]
 # ## 5. The chapter on trial
@@ -337,8 +341,8 @@ print(f"DoRA minus LoRA, both tuned: {dora} points; LoRA's best rate minus its w
 #   Where does its best rate lie, and why?
 
 # %% [markdown] tags=["solution-only"]
-# **Answer.** Near a sixteenth of that for $\alpha = 16$: under Adam the first step depends on $\alpha \cdot$ rate only
-# (exercise 1). The best score hardly changes, which is why tuning both is tuning one thing twice.
+# **Answer.** Near a sixteenth of that for $\alpha = 16$: under Adam the first step depends on $\alpha \cdot \text{rate}$
+# only (exercise 1). The best score hardly changes, which is why tuning both is tuning one thing twice.
 
 # %%
 progress()

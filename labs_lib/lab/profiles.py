@@ -39,8 +39,8 @@ PROFILES = {
         Profile("smoke", "seconds: do the cells run?", size="tiny", steps=0.02, rows=0.05, seeds=1, grid=2),
         Profile("cpu", "two CPU cores, the default"),
         # A T4 computes in float32 or float16; for models of this size float32 needs no loss scaling and fits.
-        Profile("t4", "one GPU of about 16 GB (Colab's T4)", cuda=True, rows=2.0),
-        Profile("gpu", "one GPU of 24 GB or more", cuda=True, dtype="bfloat16", rows=4.0),
+        Profile("t4", "one GPU of about 16 GB (Colab's T4)", cuda=True, size="medium", rows=2.0),
+        Profile("gpu", "one GPU of 24 GB or more", cuda=True, size="medium", dtype="bfloat16", rows=4.0),
     )
 }
 NAMES = ("auto", *PROFILES)

@@ -146,7 +146,7 @@ def _number(lab: str | int) -> str:
 
 
 def _verify_data() -> None:
-    """The checksums of everything shipped (40 MB, 0.1 s)."""
+    """The checksums of everything shipped (some 15 MB, 0.1 s)."""
     from labs_lib.world.build import verify
 
     verify()

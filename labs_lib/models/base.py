@@ -69,7 +69,7 @@ def load_base(
     """Load a model and its tokenizer, ready to be adapted.
 
     Args:
-        name: a size of the family (`tiny` and `small` are shipped; `labs pretrain` makes `medium` and `large`), a
+        name: a size of the family (`labs pretrain` makes `large`, the others are shipped), a
             folder in hub layout, or a hub id.
         dtype: weights' type; float32 by default.
         device: where the weights go.

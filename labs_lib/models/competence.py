@@ -5,6 +5,7 @@ import json
 from statistics import fmean
 
 from labs_lib.models.base import SIZES, base_folder, load_base
+from labs_lib.models.pretrain import STAGES
 
 #: ability -> (target, how it is measured). `None` means "above the chance level that stands in the text".
 TARGETS = {
@@ -85,6 +86,8 @@ def write_card(size: str, table: dict[str, dict]) -> None:
         f"(loss {stage['loss'][0][1]} to {stage['loss'][-1][1]} nats per completion token)"
         for stage in log["stages"]
     )
+    scale = log["stages"][0]["schedule"] / STAGES[0].schedule
+    remake = f"labs pretrain {size}" + (f" --scale {scale:g}" if scale != 1 else "")
     rows = [
         f"| {ability} | {row['mean']:.4f} | {row['low']:.4f} - {row['high']:.4f} | {row['n']} "
         f"| {'-' if row['target'] is None else '>= ' + str(row['target'])} | {TARGETS[ability][1]} |"
@@ -99,7 +102,7 @@ def write_card(size: str, table: dict[str, dict]) -> None:
         "",
         f"Pretraining on {log['device']}, torch {log['torch']}: AdamW, peak learning rate {log['peak_lr']}, batches "
         f"of {log['batch']} rows of {log['row_tokens']} tokens, seed {log['seed']}, in two stages: {stages}. Stored "
-        f"in {log['stored_dtype']}. Remake it with `labs pretrain {size}`; the curves are in `training_log.json`.",
+        f"in {log['stored_dtype']}. Remake it with `{remake}`; the curves are in `training_log.json`.",
         "",
         f"## Competence on held-out data (re-measure with `labs competence {size}`)",
         "",

@@ -10,9 +10,20 @@ import torch
 
 
 class Pages:
-    """A free list of page numbers 1..count with their owners."""
+    """The books of a memory of `count` pages: which are free, and whose the others are. No memory is touched here.
 
-    def __init__(self, count: int) -> None:
+    Pages are numbered 1..count. Any free page is as good as any other, so there are no gaps to close. A page given
+    back twice would soon be given out twice, to two tenants: that must fail at once.
+
+    Steps:
+        1. `free`: how many pages nobody owns.
+        2. `take`: if fewer than `count` are free, return None and take none. Otherwise take `count` pages off the
+           free list, write down their owner, and return them.
+        3. `give_back`: for each page, delete its owner (a KeyError here is a page given back twice), then put it on
+           the free list.
+    """
+
+    def __init__(self, count: int) -> None:  # keep
         self.count = count
         self._free = list(range(count, 0, -1))  # a stack: page 1 comes first
         self.owner: dict[int, Hashable] = {}
@@ -30,6 +41,7 @@ class Pages:
         return pages
 
     def give_back(self, pages: list[int]) -> None:
+        """Free these pages."""
         for page in pages:
             del self.owner[page]  # a KeyError here is a page freed twice
             self._free.append(page)

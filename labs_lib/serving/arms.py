@@ -9,7 +9,7 @@ import copy
 import itertools
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,6 +122,31 @@ class Grouped(Plain):
         return torch.cat(logits)
 
 
+class OneAdapter(Queue):
+    """Lets in only requests for the adapter that is running: batches of a single adapter, one after the other."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__("fcfs", limit)
+        self._now: str | None = None
+        self._running: set[int] = set()
+
+    def order(self) -> Iterator:
+        waiting = super().order()
+        return (s for s in waiting if s.request.adapter == self._now) if self._running else waiting
+
+    def overdue(self, now: float) -> None:
+        return None
+
+    def admitted(self, sequence) -> None:
+        super().admitted(sequence)
+        self._now = sequence.request.adapter
+        self._running.add(sequence.id)
+
+    def left(self, sequence) -> None:
+        super().left(sequence)
+        self._running.discard(sequence.id)
+
+
 class Switch:
     """`model_for` by PEFT's `set_adapter`, which is called when the adapter changes."""
 
@@ -186,8 +211,8 @@ class Setup:
 FOREIGN = {
     "base": "base model alone",
     "peft_mixed": "PEFT adapter_names",
-    "peft_switch": "PEFT set_adapter",
-    "merged": "a merged copy for each",
+    "peft_switch": "PEFT set_adapter, batches of one adapter",
+    "merged": "a merged copy for each adapter",
 }
 
 
@@ -233,7 +258,7 @@ def build(name: str, setup: Setup) -> Engine:
         vocabulary=model.get_input_embeddings().num_embeddings,
         max_batch=setup.batch,
         host_bytes=1 << 60,
-        queue=Queue("fcfs", setup.queue),
+        queue=OneAdapter(setup.queue) if name == "peft_switch" else Queue("fcfs", setup.queue),
         prefix_cache=True,
         clock=setup.clock,
     )

@@ -178,7 +178,7 @@ class Engine:
         if pool.policy == "unified":
             self.tiers.reclaim = self.kv.drop_idle
         self.running: list[Sequence] = []
-        self.observers: list[OnEnd] = []  # called with every result, on the engine's thread: must return at once
+        self.observers: list[OnEnd] = []  # called with every result, like `on_end`
         self._ids = itertools.count(1)
         self._lock = threading.RLock()  # around everything but the model's own work
         self._work = threading.Condition(self._lock)
@@ -265,16 +265,20 @@ class Engine:
             }
 
     def generate(self, requests: list[Request]) -> list[Result]:
-        """Run requests to their end on the calling thread; results in the order of the requests."""
+        """Run requests to their end, on the calling thread unless `start` was called; results in their order."""
         results: dict[int, Result] = {}
         ids = [
             self.submit(request, on_end=lambda result: results.__setitem__(result.id, result))
             for request in requests
         ]
-        while len(results) < len(ids):
-            if not self.step():
-                time.sleep(0.0005)  # only a load is under way
+        self.drive(lambda: len(results) == len(ids))
         return [results[id] for id in ids]
+
+    def drive(self, until: Callable[[], bool]) -> None:
+        """Step on the calling thread until `until()`; if `start` was called, only wait."""
+        while not until():
+            if self._thread is not None or not self.step():
+                time.sleep(0.0005)  # the engine's thread steps, or only a load is under way
 
     def start(self) -> None:
         """Step on a thread of its own until `stop()`."""
@@ -318,6 +322,8 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        with self._lock:
+            self._drop_ended()  # without a thread nobody else would tell the owners
 
     def close(self) -> None:
         """Stop, and give the model back as it was."""

@@ -1,7 +1,7 @@
 """The per-tenant ledger: who waited for what, who used how much, who evicted whom, when each adapter was where."""
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from labs_lib.serving.types import Result
@@ -64,9 +64,18 @@ class Ledger:
         self.watch("end", result.request.adapter, result.request.tenant, id=result.id, finish=result.finish)
 
     def fairness(self) -> float:
-        """Jain's index of model time per tenant: 1 if all had the same, 1/n if one had everything.
+        """Jain's index of model time per tenant, of those who had any."""
+        return jain_index([account.busy for account in self.accounts.values() if account.busy])
 
-        Source: Jain, Chiu, Hawe 1984, DEC-TR-301.
-        """
-        shares = [account.busy for account in self.accounts.values() if account.busy]
-        return sum(shares) ** 2 / (len(shares) * sum(share * share for share in shares)) if shares else 1.0
+
+def jain_index(shares: Sequence[float]) -> float:
+    """How evenly something is shared: 1 if all have the same, 1/n if one of n has everything. No unit matters.
+
+    Source: Jain, Chiu, Hawe 1984, DEC-TR-301.
+
+    Steps:
+        1. Nobody, or nobody with anything: that is fair, 1.
+        2. The square of the sum, over n times the sum of the squares.
+    """
+    squares = sum(share * share for share in shares)
+    return sum(shares) ** 2 / (len(shares) * squares) if squares else 1.0

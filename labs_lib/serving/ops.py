@@ -102,7 +102,8 @@ def grouped(x: Tensor, a: Tensor, b: Tensor, index: Index, out: Tensor | None = 
         raise LabsError("This torch has no grouped_mm: update to torch 2.10 or later, or use segments.")
     if not fits_grouped(x, b.shape[1]):
         raise LabsError(
-            f"grouped_mm needs rows of a multiple of 16 bytes, not {x.shape[1]} and {b.shape[1]} numbers: use segments."
+            f"grouped_mm needs rows of a multiple of 16 bytes in at most single precision, not {x.shape[1]} and "
+            f"{b.shape[1]} numbers in {x.dtype}: use segments."
         )
     x = x.contiguous() if index.grouped else x.index_select(0, index.order)
     A, B = F.embedding(index.table, a), F.embedding(index.table, b)  # (segments, R, in), (segments, R, out)
@@ -126,8 +127,9 @@ OPS: dict[str, Op] = {op.__name__: op for op in (loop, gather, tiles, blocks, se
 
 
 def fits_grouped(x: Tensor, outputs: int) -> bool:
-    """grouped_mm refuses rows that are not a multiple of 16 bytes."""
-    return x.shape[1] * x.element_size() % 16 == outputs * x.element_size() % 16 == 0
+    """grouped_mm refuses rows that are not a multiple of 16 bytes, and double precision."""
+    size = x.element_size()
+    return size <= 4 and x.shape[1] * size % 16 == outputs * size % 16 == 0
 
 
 def choose(index: Index, x: Tensor, inputs: int, outputs: int) -> str:

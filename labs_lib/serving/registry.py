@@ -286,7 +286,7 @@ class Registry:
         with contextlib.suppress(BlockingIOError), self._locked("publish", fcntl.LOCK_EX | fcntl.LOCK_NB):
             known = {sha256 for (sha256,) in self._read("SELECT DISTINCT sha256 FROM versions")}
             for path in self._store.iterdir():
-                if False and _SHA.fullmatch(path.name) and path.name not in known:
+                if path.name.startswith(_TEMPORARY) or _SHA.fullmatch(path.name) and path.name not in known:
                     shutil.rmtree(path, ignore_errors=True)
 
     # The database

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from labs_lib.serving.batch import Index
 
-BLOCK_IN = 128  # of a row of x or A at a time
-BLOCK_OUT = 64  # columns that one program expands to
+RANKS_TIMES_BLOCK = 2048  # numbers of A or B that a program holds: what a small GPU (T4) has shared memory for
 PROGRAMS = 128  # about as many as a large GPU has processors: below this, split the shrink
 
 
@@ -78,22 +77,23 @@ def sgmv(x: Tensor, a: Tensor, b: Tensor, index: Index, out: Tensor | None = Non
     if out is None:
         out = x.new_zeros(len(x), b.shape[1])
     # Tensor cores multiply at least 16 x 16. Larger tiles read an adapter fewer times; 16 keep single rows cheap.
-    cut = index.tiles(16 if index.largest <= 32 else 64)
     ranks = max(16, triton.next_power_of_2(index.rank))
+    cut = index.tiles(64 if index.largest > 32 and ranks <= 64 else 16)
     K, N = x.shape[1], b.shape[1]
-    splits = max(1, min(PROGRAMS // cut.count, triton.cdiv(K, 2 * BLOCK_IN)))
-    span = triton.cdiv(triton.cdiv(K, splits), BLOCK_IN) * BLOCK_IN
+    block = max(32, RANKS_TIMES_BLOCK // ranks)  # numbers of a row at a time
+    splits = max(1, min(PROGRAMS // cut.count, triton.cdiv(K, 2 * block)))
+    span = triton.cdiv(triton.cdiv(K, splits), block) * block
     splits = triton.cdiv(K, span)
     h = torch.empty(splits, len(x), ranks, dtype=torch.float32, device=x.device)
     x = x if x.stride(1) == 1 else x.contiguous()
     _shrink[cut.count, splits](
         x, a, h, cut.cells_on_device, cut.pages,
         index.rank, K, span, x.stride(0), a.stride(0), h.stride(0),
-        ROWS=cut.rows, RANKS=ranks, BLOCK=BLOCK_IN,
+        ROWS=cut.rows, RANKS=ranks, BLOCK=block,
     )  # fmt: skip
-    _expand[cut.count, triton.cdiv(N, BLOCK_OUT)](
+    _expand[cut.count, triton.cdiv(N, block)](
         h, b, out, cut.cells_on_device, cut.pages,
         index.rank, N, splits, b.stride(0), out.stride(0), h.stride(0),
-        ROWS=cut.rows, RANKS=ranks, BLOCK=BLOCK_OUT,
+        ROWS=cut.rows, RANKS=ranks, BLOCK=block,
     )  # fmt: skip
     return out

@@ -6,7 +6,7 @@ the sha256 of an adapter version, never by a tenant's name, so nothing cached ca
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -58,6 +58,23 @@ class ThreadLoader:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def choose_victim(resident: Iterable[Slot], pinned: Set[str]) -> Slot | None:
+    """The slot whose adapter leaves the device when another needs room, or None if nobody may be moved.
+
+    Args:
+        resident: the filled slots; each has `adapter` (its sha256), `refs` (running requests that read it) and
+            `used` (when the last of them ended).
+        pinned: adapters that stay for good.
+
+    Steps:
+        1. Leave out every slot that a running request holds: its pages are being read.
+        2. Leave out the pinned ones.
+        3. Of the rest take the least recently used; if nothing is left, None.
+    """
+    idle = [slot for slot in resident if slot.refs == 0 and slot.adapter not in pinned]
+    return min(idle, key=lambda slot: slot.used, default=None)
 
 
 class Tiers:
@@ -175,10 +192,9 @@ class Tiers:
 
     def evict_one(self, tenant: str) -> bool:
         """Move the least recently used idle adapter off the device, on behalf of `tenant`; False if there is none."""
-        idle = [slot for slot in self.pool.resident if slot.refs == 0 and slot.adapter not in self.pinned]
-        if not idle:
+        slot = choose_victim(self.pool.resident, self.pinned)
+        if slot is None:
             return False
-        slot = min(idle, key=lambda slot: slot.used)
         self.watch("evict", slot.adapter, tenant, of=slot.tenant, slot=slot.number)
         self.pool.clear(slot)
         return True

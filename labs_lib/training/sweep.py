@@ -86,7 +86,11 @@ def evaluate(model, tokenizer, task: str, tenant: str | None, rows) -> dict[str,
 
 
 def run_point(point: dict, size: str = "small", progress: bool = False) -> dict:
-    """Train and evaluate one point (as `points` makes them); returns the point with its measurements."""
+    """Train and evaluate one point (as `points` makes them) on any base that `load_base` knows.
+
+    Returns:
+        The point with its measurements.
+    """
     from labs_lib.models.base import load_base
     from labs_lib.training.fit import fit
     from labs_lib.world.tasks import load_task

@@ -148,6 +148,13 @@ def test_sizes_follow_the_profile():
     assert lab("smoke").grid([3]) == [3] and lab("smoke").grid([]) == []
 
 
+def test_every_profile_s_base_is_shipped():
+    from labs_lib.models.base import base_folder
+
+    sizes = {profile.size for profile in profiles.PROFILES.values()}
+    assert [size for size in sizes if not (base_folder(size) / "model.safetensors").is_file()] == []
+
+
 def test_torch_gets_no_more_threads_than_cores():
     setup(lab="01", profile="cpu")
     assert 1 <= torch.get_num_threads() <= available_cores() <= (os.cpu_count() or 1)

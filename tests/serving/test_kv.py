@@ -167,7 +167,9 @@ def test_without_prefix_cache_nothing_is_kept():
     assert serve(kv, "a", tokens(40), 1.0).cached == kv.hits == 0
 
 
-ALPHABET = st.sampled_from([tokens(17), tokens(33), tokens(40), tokens(16, 3) + tokens(20), tokens(5), tokens(64)])
+ALPHABET = st.sampled_from(
+    [tokens(17), tokens(33), tokens(40), tokens(16, 3) + tokens(20), tokens(5), tokens(64)]
+)
 
 
 class Traffic(RuleBasedStateMachine):
@@ -227,7 +229,9 @@ class Traffic(RuleBasedStateMachine):
             assert entry.refs == sum(entry in each.shared for _, _, each in self.out)
         known = {id(entry) for entry in self.kv._entries.values()}
         for entry in self.kv._entries.values():
-            assert isinstance(entry.key[0], str | None) or entry.key[0] in known, "an entry without its beginning"
+            assert isinstance(entry.key[0], str | None) or entry.key[0] in known, (
+                "an entry without its beginning"
+            )
 
     def teardown(self):
         for _, _, reservation in self.out:

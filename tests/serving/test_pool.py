@@ -21,7 +21,9 @@ def small_pool(policy: str = "separate", slots: int = 3, kv_tokens: int = 64, **
 
 
 def fill(pool: Pool, name: str, rank: int, tenant: str = "t"):
-    return pool.fill(name, rank, torch.full((rank, WIDTH), float(len(name) + rank)), gain=False, tenant=tenant)
+    return pool.fill(
+        name, rank, torch.full((rank, WIDTH), float(len(name) + rank)), gain=False, tenant=tenant
+    )
 
 
 # -- pages ---------------------------------------------------------------------------------------------------------

@@ -339,8 +339,10 @@ def test_threads(registry, adapters):
     with ThreadPoolExecutor(8) as pool:
         readers = [pool.submit(read) for _ in range(2)]
         done = [pool.submit(publish, name) for name in names] + [pool.submit(reopen, i) for i in range(3)]
-        numbers = [each.result() for each in done]
-        stop.set()
+        try:
+            numbers = [each.result() for each in done]
+        finally:
+            stop.set()
         for each in readers:
             each.result()
     assert numbers == [[1, 2, 3, 4, 5, 6]] * 6
@@ -412,7 +414,7 @@ def assert_whole(result: dict) -> None:
 
 
 def test_killed_at_every_line_of_publish(tmp_path, adapters):
-    """kill -9 before each line that publish executes in registry.py: all or nothing, and what was acknowledged stays."""
+    """kill -9 before each line of registry.py that publish runs: all or nothing, and what was acknowledged stays."""
     results = run(
         """
 for line in range(1, 1000):

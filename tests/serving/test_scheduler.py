@@ -241,7 +241,9 @@ def service(fairness: str, steps: int = 200) -> Counter:
     assert min(waiting[tenant] for tenant in ("noisy", "quiet", "calm")) > 0, "not backlogged any more"
     return Counter(
         {
-            tenant: sum(len(result.tokens) for result in run.results.values() if result.request.tenant == tenant)
+            tenant: sum(
+                len(result.tokens) for result in run.results.values() if result.request.tenant == tenant
+            )
             for tenant in waiting
         }
     )
@@ -249,7 +251,9 @@ def service(fairness: str, steps: int = 200) -> Counter:
 
 def test_a_noisy_tenant_gets_no_more_than_the_others():
     got = service("fair")
-    assert max(got.values()) - min(got.values()) <= 2 * 4 * 6  # twice what a whole batch of requests can be apart
+    assert (
+        max(got.values()) - min(got.values()) <= 2 * 4 * 6
+    )  # twice what a whole batch of requests can be apart
 
 
 def test_first_come_first_served_gives_the_noisy_tenant_nearly_all():
@@ -318,7 +322,7 @@ def test_a_tenant_that_gave_up_holds_no_place():
     run.send("here", 2)
     run.finish()
     assert [run.results[id].finish for id in gone] == ["abort"] * 3
-    assert not run.engine.queue._present
+    assert not run.engine.queue.counters.here
 
 
 # -- bounds --------------------------------------------------------------------------------------------------------
@@ -331,7 +335,7 @@ def test_a_full_queue_refuses_and_forgets_the_request():
     with pytest.raises(QueueFull) as refused:
         run.send("c")
     assert refused.value.retry_after > 0
-    assert "c" not in run.engine.queue._present
+    assert "c" not in run.engine.queue.counters.here
     run.finish()
     run.send("c")
     run.finish()
@@ -350,9 +354,17 @@ def test_the_queue_is_empty_when_all_is_over():
         run.send(draw.choice("abc"), draw.randint(1, 5), adapter=draw.choice([None, "x", "y", "z"]))
     run.finish()
     assert not run.engine.queue.waiting
-    assert not run.engine.queue._present
+    assert not run.engine.queue.counters.here
     assert len(run.results) == 40
     assert all(result.error is None for result in run.results.values())
+
+
+def test_closing_ends_what_still_waits_or_runs():
+    run = Run(bench(batch=1))
+    ids = [run.send("t", 50) for _ in range(2)]
+    run.step(3)
+    run.engine.close()
+    assert [run.results[id].finish for id in ids] == ["abort"] * 2
 
 
 # -- what the waiting was for --------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Text that leaves in pieces is the text that would have left whole: any tokens, any cut, any stop strings."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -128,7 +130,7 @@ def cut(text: str, stops: list[str]) -> str:
 def test_stop_strings_cut_the_same_however_the_text_is_split(text, stops, cuts):
     at = sorted({0, len(text), *(c for c in cuts if c < len(text))})
     stopper, sent = StopStrings(stops), ""
-    for start, end in zip(at, at[1:], strict=False):
+    for start, end in pairwise(at):
         sent += stopper.add(text[start:end])
         assert cut(text, stops).startswith(sent), "sent what had to be cut"
     if not stopper.stopped:
@@ -181,7 +183,8 @@ def test_an_earlier_answer_goes_on_where_the_question_ended():
 
 def test_a_template_of_the_tokenizers_own_is_used():
     tokenizer = llama2_like()
-    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }},{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+    each = "{% for m in messages %}{{ m['content'] }},{% endfor %}"
+    tokenizer.chat_template = "{{ bos_token }}" + each + "{% if add_generation_prompt %}a{% endif %}"
     ids = encode_chat(tokenizer, [{"role": "user", "content": "b"}])
     assert tokenizer.convert_ids_to_tokens(ids)[0] == "<s>"
     assert tokenizer.decode(ids, skip_special_tokens=True).endswith("b,a")

@@ -30,7 +30,9 @@ class HandLoader:
         self.started.append(adapter)
 
     def end(self, adapter: str, pages: int = 2, nbytes: int = BYTES, error: Exception | None = None) -> None:
-        self.done.append((adapter, error or HostAdapter(adapter, pages, nbytes, values=torch.ones(pages, WIDTH))))
+        self.done.append(
+            (adapter, error or HostAdapter(adapter, pages, nbytes, values=torch.ones(pages, WIDTH)))
+        )
 
     def finished(self):
         done, self.done = self.done, []
@@ -351,7 +353,10 @@ def test_unload_while_in_use_is_refused_and_changes_nothing():
 @settings(max_examples=60, deadline=None)
 @given(
     steps=st.lists(
-        st.tuples(st.sampled_from(["prefetch", "end", "fail", "acquire", "release", "unload", "pin"]), st.integers(0, 5)),
+        st.tuples(
+            st.sampled_from(["prefetch", "end", "fail", "acquire", "release", "unload", "pin"]),
+            st.integers(0, 5),
+        ),
         max_size=60,
     ),
     slots=st.integers(1, 3),

@@ -1,0 +1,470 @@
+"""Lab 15, serving many adapters. Its record is `labs bench serving`; the engine is labs_lib/serving."""
+
+# %% tags=["parameters"]
+PROFILE = ""  # "" chooses for this machine; or "smoke", "cpu", "t4", "gpu"
+MODEL_ID = ""  # "" is the shipped base; or any causal LM on the Hugging Face hub
+
+# %% tags=["setup"]
+from labs_lib import check, claim, progress, setup
+from labs_lib.lab.plots import finding, log_axis, look, reference, show
+
+lab = setup(lab="15", profile=PROFILE, model_id=MODEL_ID)
+
+# %% [markdown]
+# ## 1. The idea
+# Fifty customers, fifty adapters, one base model. Their requests arrive together, and a processor is only fast when it
+# works on many rows at once. Can one batch hold rows of different customers?
+#
+# Write down what row $i$ of a linear layer needs, if its request belongs to tenant $t_i$:
+#
+# $$y_i = W x_i + B_{t_i} A_{t_i} x_i$$
+#
+# The first term has no tenant in it: all rows go through $W$ together. Only the second, thin one differs from row to
+# row. ($\frac{\alpha}{r}$ is folded into $B$ from here on.) Merging would give that up: a merged $W + B_t A_t$ serves one
+# tenant.
+
+# %% tags=["hide-input"]
+import matplotlib.pyplot as plt
+from matplotlib.patches import Rectangle
+
+colors = {"tenant 1": look("lora").color, "tenant 2": look("dora").color, "base": look("base").color}
+rows = ["tenant 1", "base", "tenant 2", "tenant 1", "tenant 2"]
+fig, ax = plt.subplots(figsize=(8, 3))
+for i, tenant in enumerate(rows):
+    y = 4 - i
+    ax.add_patch(Rectangle((0, y + 0.1), 3, 0.8, color=colors[tenant], alpha=0.75, lw=0))
+    ax.text(1.5, y + 0.5, f"$x_{i + 1}$: {tenant}", ha="center", va="center", color="white", size=9)
+    if tenant == "base":
+        ax.text(12.6, y + 0.5, "nothing to add", ha="center", va="center", size=9)
+        continue
+    number = tenant[-1]
+    ax.text(10.1, y + 0.5, "+", ha="center", va="center", size=13)
+    ax.add_patch(Rectangle((10.7, y + 0.3), 1.7, 0.4, color=colors[tenant], lw=0))
+    ax.add_patch(Rectangle((12.8, y + 0.3), 1.7, 0.4, color=colors[tenant], alpha=0.5, lw=0))
+    ax.text(11.55, y + 0.5, f"$A_{number}$", ha="center", va="center", color="white", size=9)
+    ax.text(13.65, y + 0.5, f"$B_{number}$", ha="center", va="center", size=9)
+ax.add_patch(Rectangle((4.6, 0.1), 4.8, 4.8, color=look("base").color, alpha=0.3, lw=0))
+ax.text(7, 2.5, "$W$\none product\nfor all rows", ha="center", va="center")
+ax.annotate("", (4.5, 2.5), (3.1, 2.5), arrowprops={"arrowstyle": "->"})
+ax.set(xlim=(-0.1, 14.7), ylim=(0, 5.1))
+ax.axis("off")
+finding(ax, "Five rows, two tenants and the base: $W$ once, a thin $A$ and $B$ for each row")
+show(
+    fig,
+    alt="Five rows of a batch, of two tenants and the base model, all pass one large matrix W; beside it each tenant's "
+    "row gets its own thin A and B, the base row nothing.",
+)
+
+# %% [markdown]
+# **By hand.** One input, one output, rank 1, $W = 2$. Tenant 1 has $A = 1, B = 3$; tenant 2 has $A = -1, B = 1$. Three
+# rows: $x = 1$ of tenant 2, $x = 2$ of the base, $x = 4$ of tenant 1.
+#
+# $$2 \cdot 1 + 1 \cdot (-1) \cdot 1 = 1, \qquad 2 \cdot 2 = 4, \qquad 2 \cdot 4 + 3 \cdot 1 \cdot 4 = 20$$
+#
+# On a machine: put the adapters into numbered **slots** and give slot 0, the base, zeros. Then the whole batch is one
+# line, without an `if`.
+
+# %%
+import torch
+
+W, x = 2.0, torch.tensor([1.0, 2.0, 4.0])
+A, B = torch.tensor([0.0, 1.0, -1.0]), torch.tensor([0.0, 3.0, 1.0])  # by slot: base, tenant 1, tenant 2
+slot = torch.tensor([2, 0, 1])  # of each row
+print((W * x + B[slot] * A[slot] * x).tolist())
+
+# %% [markdown]
+# That line is the idea of this lab. Here is the road to it, in five ways that you will meet, each faster or smaller than
+# the one before:
+#
+# | Way | A forward pass serves | What lies in memory |
+# |---|---|---|
+# | a merged model per tenant | one tenant | $N$ models |
+# | PEFT `set_adapter` | one tenant at a time | one model, $N$ adapters |
+# | PEFT `adapter_names` | every row; each layer loops over the tenants | the same |
+# | **gather** | every row; each layer does two batched products | and a copy of an adapter per row |
+# | **segments** | every row; each layer does two products per tenant | nothing is copied |
+
+# %% [markdown]
+# ## 2. Build it
+# **Exercise 1: the slot map.** Requests name adapters; the batch needs numbers. Slot 0 is the base. What about an
+# adapter that is not on the device? A default would be *some* answer, in somebody's voice.
+#
+# *You should see* a slot for each row, and a refusal for a stranger.
+
+# %% tags=["exercise"]
+from labs_lib.serving.lesson import slot_map
+
+# %%
+from labs_lib.errors import LabsError
+
+slot_map = check(slot_map)
+resident = {"fathom": 1, "quill": 2}
+print("decoding:", slot_map(["quill", None, "fathom", "quill"], resident))
+print("prefill of three tokens each:", slot_map(["quill", None], resident, tokens=3))
+try:
+    slot_map(["stranger"], resident)
+except LabsError as error:
+    print("refused:", error)
+
+# %% [markdown]
+# **Mixed ranks.** Tenants choose their own rank. So memory is cut into **pages**: page $p$ is one rank of some
+# adapter, a row of its $A$ (`a[p]`) and the matching column of its $B$ (`b[p]`). An adapter of rank $r$ is any $r$
+# pages. A table lists the pages of each slot, filled up with page 0, which is zeros for ever.
+#
+# The engine's `Index` looks the table up for a batch. *You should see* one line of pages per row; the base's are all 0.
+
+# %%
+from labs_lib.serving.batch import Index
+
+table = torch.tensor([[0, 0, 0], [7, 2, 0], [4, 0, 0], [9, 1, 6]])  # slots 1, 2, 3: ranks 2, 1, 3
+index = Index([2, 0, 1, 2], table)
+print(index.row_pages.tolist())
+
+# %% [markdown]
+# **Exercise 2: gather.** Copy, for each row, the pages of its adapter; then two batched products, the first into the
+# rank, the second out of it. `out` is what the base layer computed: the update is added to it in place.
+#
+# *You should see* rounding errors against the engine's `loop`, which computes row by row.
+
+# %% tags=["exercise"]
+from labs_lib.serving.ops import gather
+
+# %%
+from labs_lib.serving.ops import loop
+
+gather = check(gather)
+a, b, x = torch.randn(10, 64), torch.randn(10, 48), torch.randn(4, 64)
+a[0], b[0] = 0, 0
+difference = (gather(x, a, b, index) - loop(x, a, b, index)).abs().max().item()
+print(f"largest difference {difference:.1g}; base row changed: {bool(gather(x, a, b, index)[1].any())}")
+
+# %% [markdown]
+# **What does the copying cost?** A layer of a 7B model is 4096 x 4096. Thirty-two rows decode together, each with its
+# own adapter of rank 16, in half precision. **Your turn**: how many megabytes ($10^6$ bytes) does `gather` copy for this
+# one layer? ($W$ itself is 33.6 MB.)
+
+# %%
+### BEGIN SOLUTION
+### STUB: gather_megabytes = ...  # a number
+gather_megabytes = 32 * 16 * (4096 + 4096) * 2 / 1e6
+### END SOLUTION
+gather_megabytes = check(gather_megabytes, "lab15.gather_megabytes")
+share = gather_megabytes / (4096 * 4096 * 2 / 1e6)
+print(f"32 rows copy {share:.2f} times W; a prefill of 512 rows would copy {16 * share:.0f} times W")
+
+# %% [markdown]
+# **Exercise 3: segments.** In prefill, hundreds of rows share one adapter: a prompt's tokens. So sort the rows by slot
+# and cut them into **segments**, all of one slot: then each tenant is two ordinary matrix products, and no weight is
+# copied. `index.order` sorts, `index.segments` cuts, `index.back` puts back.
+#
+# *You should see* three segments, the base's without pages, and the same answer as before.
+
+# %% tags=["exercise"]
+from labs_lib.serving.ops import segments
+
+# %%
+segments = check(segments)
+for segment in index.segments:
+    print(f"slot {segment.slot}: sorted rows {segment.start} to {segment.stop - 1}, pages {segment.pages}")
+difference = (segments(x, a, b, index) - gather(x, a, b, index)).abs().max().item()
+print(f"largest difference between your two ops: {difference:.1g}")
+
+# %% [markdown]
+# The engine has more of these (`labs_lib/serving/ops.py`, a page each): `blocks` reads a slot's pages in place where they
+# lie side by side, `grouped` is PyTorch's grouped matrix product, `sgmv` a Triton kernel that follows the page table by
+# itself ([Punica](https://arxiv.org/abs/2310.18547)'s operation). All have your signature and must give your answer.
+
+# %% [markdown]
+# ## 3. Prove it
+# **First, tenants.** Two customers get a style adapter, trained here for a few seconds with lab 01's own LoRA and
+# learning rate.
+
+# %%
+import tempfile
+from pathlib import Path
+
+from labs_lib import fit, load_task
+from labs_lib.methods.io import save_lora
+from labs_lib.methods.lora import inject_lora
+
+shelf = tempfile.TemporaryDirectory()
+root = Path(shelf.name)
+base, tokenizer = lab.base(dtype=torch.float32)
+rate = 5e-3 * min(1, 128 / base.config.hidden_size)
+styles = {slug: load_task("style", tenant=slug) for slug in ("fathom-eleven", "quillfeather-post")}
+folders = {}
+for slug, style in styles.items():
+    pupil = inject_lora(lab.base(dtype=torch.float32)[0], "all-linear", rank=8, alpha=16)
+    fit(pupil, tokenizer, style["train"][:], steps=lab.steps(60), lr=rate, seed=lab.seed)
+    folders[slug] = save_lora(pupil, root / slug)
+
+# %% [markdown]
+# Four more are saved by PEFT itself, with random weights and what customers come with: a low rank on attention alone,
+# rsLoRA's scale, two ranks in one adapter, DoRA.
+
+# %%
+from peft import LoraConfig, get_peft_model
+
+everywhere, mlp = "all-linear", ["up_proj", "down_proj"]
+odd = {
+    "low-rank": {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]},
+    "rslora": {"r": 16, "lora_alpha": 8, "target_modules": everywhere, "use_rslora": True},
+    "two-ranks": {"r": 3, "lora_alpha": 6, "target_modules": mlp, "rank_pattern": {"down_proj": 6}},
+    "dora": {"r": 4, "lora_alpha": 4, "target_modules": everywhere, "use_dora": True},
+}
+for name, settings in odd.items():
+    config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings)
+    model = get_peft_model(lab.base(dtype=torch.float32)[0], config)
+    for key, parameter in model.named_parameters():
+        if "magnitude" in key:  # DoRA starts at the base's own magnitudes: move them, or they prove nothing
+            parameter.data *= torch.empty_like(parameter).uniform_(0.7, 1.3)
+    model.save_pretrained(root / name)
+    folders[name] = root / name
+
+# %% [markdown]
+# **Into the engine's memory.** `read_pages` checks a PEFT folder and turns it into pages, the scale folded in; a `Pool`
+# keeps them. An adapter is named by the SHA-256 of its files, so a name can never come to mean other weights.
+#
+# *You should see* six adapters of different sizes side by side. DoRA takes one page more: its gains.
+
+# %%
+from labs_lib.serving.adapter import read_pages
+from labs_lib.serving.layout import Layout
+from labs_lib.serving.pool import Pool
+
+layout = Layout.of(base)
+pool = Pool(layout, slots=8, max_pages=17, kv_tokens=16, device=base.device)
+sha = {None: None}
+for name, folder in folders.items():
+    manifest, pages = read_pages(folder, layout, lambda layer: base.get_submodule(layer).weight)
+    place = pool.fill(manifest.sha256, manifest.pages, pages, manifest.dora, tenant=name)
+    sha[name] = manifest.sha256
+    what = f"rank {manifest.rank:2d}, {manifest.pages:2d} pages, {manifest.nbytes / 1e3:4.0f} KB"
+    print(f"slot {place.number}: {name:17s} {manifest.sha256[:8]}  {what}")
+
+# %% [markdown]
+# **One batch of all of them**, base rows among them and no two neighbours alike. The model is transformers' own; `install`
+# puts the engine's layer around each linear one, and the layer calls your op.
+#
+# The truth for each row is another model: the base with that row's adapter merged in by PEFT.
+
+# %%
+from labs_lib.serving import arms
+from labs_lib.serving.layers import Step, install, uninstall
+from labs_lib.serving.ops import OPS
+
+OPS.update(gather=gather, segments=segments)  # yours, from here on
+asked = [None, *folders, "fathom-eleven", None]
+prompt = styles["fathom-eleven"]["test"]["prompt"][0]
+batch = tokenizer([prompt] * len(asked), return_tensors="pt").input_ids.to(base.device)
+slots = slot_map([sha[name] for name in asked], {s.adapter: s.number for s in pool.resident}, batch.shape[1])
+index = Index(slots, pool.table, pool.contiguous, base.device)
+truth = {name: arms.merged(base, folder) for name, folder in folders.items()} | {None: base}
+
+
+@torch.inference_mode()
+def mixed_logits(op):
+    gains = pool.gain_page[torch.tensor(slots)].to(base.device)
+    install(base, Step(pool.adapters.data, layout, op, index, gains))
+    try:
+        return base(batch).logits
+    finally:
+        uninstall(base)
+
+
+# %% [markdown]
+# *You should see* differences at the seventh digit, for both ops, and logits that differ a lot between tenants.
+
+# %%
+from labs_lib.lab.cards import table as show_table
+
+results = []
+with torch.inference_mode():
+    expected = {name: model(batch[:1]).logits[0] for name, model in truth.items()}
+for op in ("gather", "segments"):
+    for row, name, logits in zip(range(len(asked)), asked, mixed_logits(op), strict=True):
+        away = (logits - expected[name]).abs().max().item() / expected[name].abs().max().item()
+        assert away < 1e-5, (op, name)
+        if op == "gather":
+            results.append({"row": row, "tenant": name or "base"})
+            results[-1]["slot"] = slots[row * batch.shape[1]]
+            results[-1]["from the base's logits"] = f"{(logits - expected[None]).abs().max().item():.2g}"
+        results[row][f"{op}, from its own model"] = f"{away:.0e}"
+show_table(results)
+
+# %% [markdown]
+# **And the texts.** The real engine now, with keys and values in a cache and one token per row and step; the op is yours.
+# Each tenant's tokens are compared with what its merged model writes alone.
+
+# %%
+from labs_lib.serving.engine import Engine
+from labs_lib.serving.types import Request
+
+folder_of = {sha[name]: folder for name, folder in folders.items()}
+ids, ends = batch[0].tolist(), (tokenizer.eos_token_id,)
+requests = [Request(ids, name or "base", sha[name], max_tokens=64, stop_ids=ends) for name in asked]
+with Engine(arms.share(base), folder_of.__getitem__, max_rank=17, op="gather") as engine:
+    answers = engine.generate(requests)
+same = []
+for name, result in zip(asked, answers, strict=True):
+    alone = truth[name].generate(batch[:1], max_new_tokens=64, do_sample=False)[0, len(ids) :].tolist()
+    same.append(result.tokens == [token for token in alone if token not in ends])
+print(f"{sum(same)} of {len(same)} rows have the tokens of their own merged model")
+
+# %%
+from labs_lib.lab.cards import side_by_side
+
+print(prompt)
+chosen = (None, "fathom-eleven", "quillfeather-post")
+texts = {name or "base": tokenizer.decode(answers[asked.index(name)].tokens) for name in chosen}
+side_by_side(texts)
+
+# %% [markdown] tags=["takeaway"]
+# One forward pass, six adapters of different ranks and kinds and the base: every row gets its own model's tokens. Mixing
+# tenants in a batch is exact; it is not an approximation that you trade for speed.
+
+# %% [markdown]
+# ## 4. Measure
+# **Which op, when?** Eight tenants share a batch of $T$ rows. Gather copies an adapter for every row; segments starts two
+# products for every tenant. **Predict**: from how many rows on is segments the faster one?
+
+# %%
+### BEGIN SOLUTION
+### STUB: predict_crossover = ...  # a number of rows
+predict_crossover = 64
+### END SOLUTION
+predict_crossover = check(predict_crossover, "lab15.predict_crossover")
+
+# %%
+from labs_lib.serving.opbench import bench
+
+names, counts = ("loop", "gather", "segments", "blocks"), lab.grid([8, 16, 32, 64, 128, 256])
+points = {}
+for width in (128, 512):
+    shapes = [(rows, 8, 8, width, width) for rows in counts]
+    device = {"device": lab.device, "dtype": lab.dtype}
+    points[width] = bench(shapes, names, order="mixed", rounds=5, min_seconds=0.002, layers=4, **device)
+
+
+def crossover(rows):
+    """The first number of rows at which segments is faster than gather."""
+    time = {(row["T"], row["op"]): row["microseconds"] for row in rows}
+    return next((T for T in counts if time[T, "segments"] < time[T, "gather"]), None)
+
+
+found = {width: crossover(rows) for width, rows in points.items()}
+print(f"you predicted {predict_crossover} rows; by width of the layer: {found}")
+
+# %% tags=["hide-input"]
+styles_of = {
+    "loop": ("#000000", "x", ":", "loop over tenants"),
+    "gather": (look("lora").color, "o", "-", "gather"),
+    "segments": (look("dora").color, "s", "--", "segments"),
+    "blocks": (look("prefix").color, "^", "-.", "blocks"),
+}
+fig, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+for ax, (width, rows) in zip(axes, points.items(), strict=True):
+    for op, (color, marker, line, label) in styles_of.items():
+        mine = [row for row in rows if row["op"] == op]
+        times = [row["microseconds"] for row in mine]
+        ax.plot(counts, times, color=color, marker=marker, linestyle=line, label=label)
+    base_times = [row["base"] for row in rows if row["op"] == "gather"]
+    ax.plot(counts, base_times, color=look("base").color, linewidth=3, alpha=0.5, label="the layer itself")
+    ax.set_yscale("log")
+    log_axis(ax, counts)
+    when = f"from {found[width]} rows on" if found[width] else "nowhere here"
+    finding(ax, f"Width {width}: segments wins {when}", "rows in the batch, 8 tenants", "microseconds per layer")
+axes[0].legend(fontsize=8)
+show(
+    fig,
+    alt="Time per layer against rows in the batch for four ways to add eight adapters, at widths "
+    f"{' and '.join(f'{width}: segments beats gather at {rows} rows' for width, rows in found.items())}.",
+)
+
+# %% [markdown]
+# So no op is the best one. The engine's `op="auto"` chooses by shape, layer by layer; decoding is on the left of these
+# figures, prefill on the right.
+
+# %% [markdown]
+# **The whole step.** What matters is not one layer but a decode step: one token for every row. Six arms run in the same
+# continuous batching with the same cache (`labs_lib/serving/arms.py`), each row with its own adapter of rank 8.
+#
+# **Predict**: what percentage of the base's throughput is left with an adapter on every row, in this engine?
+
+# %%
+### BEGIN SOLUTION
+### STUB: predict_share = ...  # a percentage
+predict_share = 60
+### END SOLUTION
+predict_share = check(predict_share, "lab15.predict_share")
+
+# %%
+from labs_lib.serving.workload import random_adapters
+
+tenants = min(32, lab.rows(32))
+model, _ = lab.base()
+crowd = random_adapters(model, tenants, root / "crowd", rank=8)
+setup_ = arms.Setup(model, crowd, batch=tenants, slots=tenants, rank=8, kv_tokens=256 * tenants)
+labels = {
+    "base": "base model alone",
+    "engine": "this engine",
+    "engine:gather": "this engine, your gather",
+    "peft_mixed": "PEFT adapter_names",
+    "peft_switch": "PEFT set_adapter",
+    "merged": "a merged copy each",
+}
+engines = {name: arms.build(name, setup_) for name in labels}
+
+# %% [markdown]
+# **Verified before it is timed**: a fast wrong answer is worth nothing. Each arm answers a few tokens; an oracle that
+# shares no code with it replays them on merged models.
+
+# %%
+def asks(name, tokens):
+    who = [None] * tenants if name == "base" else list(crowd)
+    return [Request(ids, f"tenant-{i}", each, tokens, ignore_eos=True) for i, each in enumerate(who)]
+
+
+oracle = arms.Oracle(model, crowd)
+for name, engine in engines.items():
+    verdict = oracle.verify(engine.generate(asks(name, 4)), adapters=8)
+    print(f"{labels[name]:25s} {verdict}")
+    assert verdict.right, name
+
+# %% [markdown]
+# Now the time of one step, all rows decoding. The arms take turns, so that a busy machine slows all of them alike; what
+# counts is the ratio.
+
+# %%
+from labs_lib.measure.timing import time_ratios
+
+for name, engine in engines.items():
+    for request in asks(name, 200):
+        engine.submit(request)
+    while len(engine.running) < tenants:
+        engine.step()
+steps = {name: engine.step for name, engine in engines.items()}
+measured = time_ratios(steps, "base", rounds=lab.rows(11), warmup=1, min_seconds=0.001)
+for name, engine in engines.items():
+    assert len(engine.running) == tenants, "a row ended while the clock ran"
+    engine.close()
+share = {name: 100 / each.ratio.value for name, each in measured.items()}
+print(f"you predicted {predict_share} % of the base's throughput; this engine has {share['engine']:.0f} %")
+
+# %% tags=["hide-input"]
+order = sorted(share, key=share.get)
+paint = {"base": look("base").color, "engine": look("lora").color, "engine:gather": look("rslora").color}
+fig, ax = plt.subplots(figsize=(7.6, 3))
+for row, name in enumerate(order):
+    ax.barh(row, share[name], color=paint.get(name, "#000000"), height=0.65)
+    said = f"{share[name]:.1f} %, {measured[name].seconds * 1e3:.3g} ms a step"
+    ax.annotate(said, (share[name], row), xytext=(4, 0), textcoords="offset points", va="center", size=9)
+ax.set_yticks(range(len(order)), [labels[name] for name in order])
+ax.set_xlim(0, 150)
+ax.grid(axis="x")
+ax.grid(visible=False, axis="y")
+times = share["engine"] / share["peft_mixed"]
+title = f"{tenants} tenants in one batch: {times:.0f} times PEFT's adapter_names"
+finding(ax, title, "throughput of a decode step (% of the base alone)")
+listed = "; ".join(f"{labels[name]} {share[name]:.0f} percent" for name in reversed(order))
+show(fig, alt=f"Throughput of a decode step with {tenants} tenants, of the base model's alone: {listed}.")
