@@ -157,7 +157,7 @@ print(f"32 rows copy {share:.2f} times W; a prefill of 512 rows would copy {16 *
 # and cut them into **segments**, all of one slot: then each tenant is two ordinary matrix products, and no weight is
 # copied. `index.order` sorts, `index.segments` cuts, `index.back` puts back.
 #
-# *You should see* three segments, the base's without pages, and the same answer as before.
+# *You should see* three segments, nothing to add for the base's, and the same answer as before.
 
 # %% tags=["exercise"]
 from labs_lib.serving.ops import segments
@@ -165,7 +165,8 @@ from labs_lib.serving.ops import segments
 # %%
 segments = check(segments)
 for segment in index.segments:
-    print(f"slot {segment.slot}: sorted rows {segment.start} to {segment.stop - 1}, pages {segment.pages}")
+    what = "nothing to add" if segment.pages is None else "two products"
+    print(f"slot {segment.slot}: sorted rows {segment.start} to {segment.stop - 1}, {what}")
 difference = (segments(x, a, b, index) - gather(x, a, b, index)).abs().max().item()
 print(f"largest difference between your two ops: {difference:.1g}")
 
@@ -468,3 +469,377 @@ title = f"{tenants} tenants in one batch: {times:.0f} times PEFT's adapter_names
 finding(ax, title, "throughput of a decode step (% of the base alone)")
 listed = "; ".join(f"{labels[name]} {share[name]:.0f} percent" for name in reversed(order))
 show(fig, alt=f"Throughput of a decode step with {tenants} tenants, of the base model's alone: {listed}.")
+
+# %% [markdown]
+# **Where does the rest go?** Into the number of small products, not into arithmetic: a rank of 8 adds a few percent of
+# FLOPs. PEFT's loop starts four small operations per tenant, layer and step; on a CPU and on a GPU alike, starting one
+# costs more than its work. Here is what each way holds and starts, for fifty tenants and 32 of them in the batch; 7B is
+# arithmetic on Llama-2-7B, rank 16 on all linear layers, two bytes per number.
+
+# %%
+from labs_lib import random_like
+from labs_lib.measure import count_parameters, tensor_bytes
+from labs_lib.models.twins import peft_parameter_count
+
+llama = random_like("llama-2-7b")
+everything = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+seven, adapter7 = count_parameters(llama).total, peft_parameter_count(llama, everything)
+ours = tensor_bytes(list(model.parameters())), 8 * layout.width * 4
+held = {"a merged model each": (50, 0, "32"), "set_adapter": (1, 50, "3 x 32"), "adapter_names": (1, 50, "1 + 2 x 32")}
+held |= {"gather, 32 slots": (1, 33, "1 + 2"), "segments, 32 slots": (1, 33, "1 + 2 x 32")}
+results = []
+for way, (models, adapters, products) in held.items():
+    here = (models * ours[0] + adapters * ours[1]) / 1e6
+    there = 2 * (models * seven + adapters * adapter7) / 1e9
+    results.append({"way": way, "this base, MB": f"{here:.1f}", "7B, GB": f"{there:.1f}"})
+    results[-1]["products per layer and step"] = products
+show_table(results)
+
+# %% [markdown]
+# The last two hold a *pool*: 32 slots and the base's, whether fifty tenants are registered or five thousand. Who gets a
+# slot, and what happens on a miss, is lab 16.
+
+# %% [markdown]
+# **Why not merge per request?** Fold the adapter in, answer, take it out. **Predict**: how many forward passes of one
+# token does one change of tenant cost?
+
+# %%
+from peft import PeftModel
+
+merging = PeftModel.from_pretrained(lab.base()[0], next(iter(crowd.values()))).eval()
+
+
+def change_tenant():
+    merging.merge_adapter()
+    merging.unmerge_adapter()
+
+
+with torch.inference_mode():
+    pair = {"token": lambda: model(batch[:1, -1:]), "change": change_tenant}
+    cost = time_ratios(pair, "token", rounds=lab.rows(15))["change"]
+linear = sum(spec.in_features * spec.out_features for spec in Layout.of(llama).linears)
+print(f"here: {cost.ratio.value:.1f} tokens' time for each change of tenant")
+print(f"7B: {4 * 2 * linear / 1e9:.0f} GB of weights read and written, a token reads {2 * seven / 1e9:.0f} GB")
+
+# %% [markdown]
+# On a GPU, decoding is bound by memory, so those bytes are the time: about four tokens of one row each, in which nobody
+# else is served. And $W$ does not come back. **Predict**: after a thousand changes in bfloat16?
+
+# %%
+spec, tensors = layout.linears[0], pages[:4].to(lab.device)
+weight = base.get_submodule(spec.name).weight.detach()
+update = (layout.b(tensors, spec).T @ layout.a(tensors, spec)).to(weight.device)
+W, dW = weight.bfloat16(), update.bfloat16()
+worn = W.clone()
+for _ in range(lab.steps(1000)):
+    worn += dW
+    worn -= dW
+changed = (worn != W).float().mean().item()
+print(f"{changed:.0%} of the weights are not what they were, off by up to {(worn - W).abs().max().item():.1g}")
+
+# %% [markdown] tags=["takeaway"]
+# Serving many adapters is a problem of small operations and of bytes moved, not of arithmetic. Batch over tenants, copy
+# little, choose the op by the batch's shape, and check the answers before you time them.
+
+# %% [markdown]
+# **On a GPU, with a real model**, others report what an engine of this kind keeps of the base's speed. The record of this
+# engine's own benchmark stands beside it (`labs bench serving`).
+
+# %%
+from labs_lib.measure import load_published, load_record
+
+for device in ("cpu", "gpu"):
+    print(load_record("bench_serving", device=device))
+published = load_published("serving")["tables"]
+for name in ("slora_throughput", "vllm_overhead"):
+    entry = published[name]
+    mark = "as reported" if entry.get("as_reported") else "published"
+    print(f"\n{entry['source']['cite']} ({mark}; {entry['setting']}; {entry['unit']})")
+    for row in entry["rows"]:
+        who = row.get("arm") or f"{row['engine']}, {row['adapters']} adapters"
+        print(f"  {who:28s} {row['throughput']:.2f}")
+
+# %% [markdown]
+# ## 5. The chapter on trial
+# **Claim 30**: "LoRAX (formerly LoRAX by Predibase)", a former name equal to the present one; and hundreds of adapters on
+# one GPU. **Claim 31**: S-LoRA's "tiered memory system (GPU, CPU, disk)".
+#
+# These are claims about what others wrote, so the evidence is their own text: the READMEs of
+# [LoRAX](https://github.com/predibase/lorax) and [S-LoRA](https://github.com/S-LoRA/S-LoRA), read in November 2026.
+
+# %%
+lorax = {
+    "first README": "Lorax is a framework that allows users to serve over a hundred fine-tuned models on a single GPU",
+    "today's README": "LoRAX (LoRA eXchange) is a framework that allows users to serve thousands of fine-tuned models "
+    "on a single GPU",
+}
+slora = (
+    "S-LoRA stores all adapters in the main memory and fetches the adapters used by the currently running queries to "
+    "the GPU memory."
+)
+least = {"over a hundred": 100, "thousands": 1000}
+counts_said = {when: next(n for word, n in least.items() if word in text) for when, text in lorax.items()}
+names_said = {text.split(" is ")[0].partition(" (")[0].casefold() for text in lorax.values()}
+claim(30).observe(parts={"name": len(names_said) > 1, "adapters": counts_said})
+
+# %%
+tiers = {"GPU": "GPU memory", "CPU": "main memory", "disk": "disk"}
+print({tier: words in slora for tier, words in tiers.items()})
+claim(31).observe(all(words in slora for words in tiers.values()))
+
+# %% [markdown]
+# The name is a slip: LoRAX was LoRAX (or Lorax) from the start; what was short-lived is the company's habit of spelling it
+# out. The disk tier exists elsewhere: LoRAX fetches adapters from files or a hub, vLLM and this engine from disk.
+
+# %% [markdown]
+# **"For all PEFT methods?"** The chapter calls serving "one of the strongest arguments for LoRA over other PEFT methods".
+# Try it: PEFT's `adapter_names` takes any model. Two adapters of one type and the base in a batch of three rows; each row
+# is compared with its adapter alone.
+#
+# **Predict**: of the eight types below, how many give a wrong answer *without an error*?
+
+# %%
+### BEGIN SOLUTION
+### STUB: predict_silent = ...  # a whole number, 0 to 8
+predict_silent = 2
+### END SOLUTION
+predict_silent = check(predict_silent, "lab15.predict_silent")
+
+# %%
+import copy
+
+import peft
+
+qv, ends_here = {"target_modules": ["q_proj", "v_proj"]}, {"task_type": "CAUSAL_LM"}
+types = {
+    "LoRA": peft.LoraConfig(**qv, **ends_here),
+    "rsLoRA": peft.LoraConfig(use_rslora=True, **qv, **ends_here),
+    "DoRA": peft.LoraConfig(use_dora=True, **qv, **ends_here),
+    "IA3": peft.IA3Config(feedforward_modules=[], **qv, **ends_here),
+    "LoKr": peft.LoKrConfig(**qv, **ends_here),
+    "VeRA": peft.VeraConfig(r=8, **qv, **ends_here),
+    "LN tuning": peft.LNTuningConfig(target_modules=["input_layernorm"], **ends_here),
+    "prompt tuning": peft.PromptTuningConfig(num_virtual_tokens=4, **ends_here),
+}
+
+
+# %%
+@torch.inference_mode()
+def in_one_batch(config):
+    """What PEFT answers to rows for adapter a, adapter b and the base."""
+    mixed = get_peft_model(copy.deepcopy(base), copy.deepcopy(config), adapter_name="a")
+    mixed.add_adapter("b", copy.deepcopy(config))
+    for name, parameter in mixed.named_parameters():
+        if {"a", "b"} & set(name.split(".")):
+            parameter += 0.2 * torch.randn_like(parameter)
+    mixed.eval()
+    alone = {"__base__": base(batch[:1]).logits[0, -1]}
+    for name in ("b", "a"):
+        mixed.set_adapter(name)
+        alone[name] = mixed(batch[:1]).logits[0, -1]
+    try:
+        logits = mixed(batch[:3], adapter_names=["a", "b", "__base__"]).logits[:, -1]
+    except ValueError as error:
+        return f"refused: {error}"
+    right = [torch.allclose(logits[i], alone[name], atol=1e-3) for i, name in enumerate(("a", "b", "__base__"))]
+    first = all(torch.allclose(row, alone["a"], atol=1e-3) for row in logits)
+    return "right" if all(right) else "SILENTLY WRONG: every row got adapter a" if first else "SILENTLY WRONG"
+
+
+torch.manual_seed(lab.seed)
+verdicts = {name: in_one_batch(config) for name, config in types.items()}
+for name, verdict in verdicts.items():
+    print(f"{name:14s} {verdict}")
+silent = sum(verdict.startswith("SILENTLY") for verdict in verdicts.values())
+print(f"you predicted {predict_silent} silently wrong types; there are {silent}")
+
+# %% [markdown]
+# Only LoRA's layers know the argument. Elsewhere it travels down to the model's own forward pass, which takes any keyword
+# and ignores it: every tenant gets whichever adapter is active. Nothing in the output shows it.
+
+# %% [markdown]
+# **The same question to the servers**: a preflight from `adapter_config.json` alone. What would each do with this adapter:
+# serve it, refuse it, or *serve it wrong*?
+
+# %%
+# INTEROP
+
+# %% [markdown] tags=["takeaway"]
+# "Loads without an error" is not "is served right". Of the ways to be wrong, a refusal is the best. Test with a row whose
+# answer you know, in a batch with strangers.
+
+# %% [markdown]
+# **The chapter's exercise.** "You need to fine-tune a single base model for 50 different customer tenants, each with unique
+# data. Which PEFT method would you choose, and why?" Its sketch: LoRA; 10 to 50 MB each, 1/300th of the storage, full
+# copies 700 GB, prefix tuning "adds serving latency".
+#
+# **Your turn**, the number first. How many GB ($10^9$ bytes) are one Llama-2-7B (6,738,415,616 parameters) and fifty
+# adapters of rank 16 on all linear layers (39,976,960 each), at two bytes per parameter?
+
+# %%
+### BEGIN SOLUTION
+### STUB: fifty_tenants_gb = ...  # a number
+fifty_tenants_gb = (6_738_415_616 + 50 * 39_976_960) * 2 / 1e9
+### END SOLUTION
+fifty_tenants_gb = check(fifty_tenants_gb, "lab15.fifty_tenants_gb")
+
+# %%
+from labs_lib.measure.count import count_parameters as counted
+
+prefix = peft.PrefixTuningConfig(num_virtual_tokens=30, **ends_here)
+ia3 = peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], **ends_here)
+candidates = {
+    "full fine-tuning": seven,
+    "LoRA r16, q and v": peft_parameter_count(llama, peft.LoraConfig(r=16, **qv, **ends_here)),
+    "LoRA r16, all linear": adapter7,
+    "prefix tuning, 30 tokens": peft_parameter_count(llama, prefix),
+    "IA3": peft_parameter_count(llama, ia3),
+}
+results = []
+for name, size in candidates.items():
+    total = 50 * size + (0 if size == seven else seven)
+    row = {"method": name, "MB per tenant": f"{2 * size / 1e6:,.1f}", "1 over": f"{seven / size:,.0f}"}
+    results.append(row | {"GB for fifty tenants": f"{2 * total / 1e9:,.1f}"})
+show_table(results)
+
+# %% [markdown] tags=["student-only"]
+# **Write your answer here**: which method, and why? Use the table, the batch of eight types, and one number of your own
+# from section 4.
+
+# %% [markdown] tags=["solution-only"]
+# **Answer.** LoRA, but not for its size. By size IA3 and prefix tuning win by far, and everything but full copies fits on
+# one GPU: the fifty copies are 674 GB, not 700. The sketch's figures hold for one choice only: 10 to 50 MB is rank 16 on
+# $q$ and $v$ in half precision; on all linear layers an adapter is 80 MB, 1/169 of the model, not 1/300.
+#
+# What decides is what can share a *batch*. LoRA's update is the same two thin products for every tenant, any engine has
+# an op for it, and the parts mix by row. IA3 would be simpler still, one product by row, yet PEFT ignores it in a mixed
+# batch and no server takes it. A prefix costs cache memory and attention in every step of every request.
+
+# %% [markdown] tags=["solution-only"]
+# And the price must be said: with every row on an adapter of its own, a decode step here keeps the share of the base's
+# throughput that section 4 measured. If one tenant has most of the traffic, merge that one into a copy of its own and
+# multiplex the rest.
+#
+# "Adds serving latency" is true of both: a prefix by a longer cache, an adapter by its products. Only a merged adapter adds
+# none, and a merged model serves one tenant.
+
+# %% [markdown]
+# ## 6. Over HTTP
+# So far a tenant was a string in your code. In the case study it is an API key: the server knows the tenant by the key,
+# the tenant's current adapter by the registry, and the caller never names weights. The real gateway, in this notebook, on
+# a free port of this machine:
+
+# %%
+import httpx
+
+from labs_lib.serving.gateway import create_app
+from labs_lib.serving.registry import Registry
+from labs_lib.serving.serve import running_server
+
+registry = Registry(root / "registry")
+keys = {}
+for slug in styles:
+    keys[slug] = registry.add_tenant(slug)  # shown once; the registry keeps a hash
+    version = registry.publish(slug, folders[slug], note="trained in lab 15")
+    print(f"{slug:17s} key {keys[slug][:12]}..., version {version.number}, adapter {version.sha256[:8]}")
+
+
+# %%
+def ask(url, key, model):
+    body = {"model": model, "prompt": prompt, "max_tokens": 64, "temperature": 0}
+    header = {"Authorization": f"Bearer {key}"}
+    return httpx.post(f"{url}/v1/completions", json=body, headers=header, timeout=60)
+
+
+# %% [markdown]
+# Two tenants ask for the same product at the same moment. The engine is started when both requests wait, so that they
+# meet in one batch for certain.
+#
+# *You should see* two voices, each with the headers that prove whose weights spoke. With the other tenant's name, or a
+# made-up key, there is nothing to see.
+
+# %%
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+with Engine(arms.share(base), registry.folder) as engine:
+    app = create_app(engine, registry, tokenizer, admin_key=None, model_name="base")
+    with running_server(app) as url, ThreadPoolExecutor(2) as clients:
+        calls = {slug: clients.submit(ask, url, keys[slug], slug) for slug in styles}
+        while engine.stats()["waiting"] < 2:
+            time.sleep(0.01)
+        engine.start()
+        replies = {slug: call.result() for slug, call in calls.items()}
+        wrong = {"another's name": ask(url, keys["fathom-eleven"], "quillfeather-post"), "a made-up key": ask(url, "sk-x", "base")}
+    together = [event.what for event in engine.ledger.events if event.what in ("admit", "end")]
+for slug, reply in replies.items():
+    print(slug, {name: value[:12] for name, value in reply.headers.items() if name.startswith("x-adapter")})
+print({what: f"{reply.status_code} {reply.json()['error']['message']}" for what, reply in wrong.items()})
+print("in the engine:", together)
+
+# %%
+side_by_side({slug: reply.json()["choices"][0]["text"] for slug, reply in replies.items()})
+
+# %% [markdown]
+# `openai.OpenAI(base_url=url + "/v1", api_key=key)` speaks to the same server. Outside a notebook it is
+# `labs tenants add fathom-eleven`, `labs tenants publish fathom-eleven FOLDER`, `labs serve`.
+
+# %% [markdown]
+# ## 7. When would you choose it?
+# Serve adapters unmerged, in one batch, when tenants are many and each asks seldom. Merge when one adapter has most of
+# the traffic, or when there is only one: merged costs nothing. Between the two, count: copies cost memory, multiplexing
+# costs part of every step.
+#
+# **The failure you will meet**: the adapter "works" in evaluation, where it is alone, and not in production, where it is
+# one of many: a dropped rsLoRA scale, a target the server does not know, an argument it ignores, a base row that got
+# somebody's adapter. Keep a canary per tenant: a prompt with a known answer, asked in mixed batches, compared by token.
+
+# %% [markdown]
+# **The way out, when you outgrow this engine**: vLLM takes the same folders and the same API, with CUDA kernels for the
+# segments. Shown, not run here:
+#
+# ```
+# vllm serve meta-llama/Llama-2-7b-hf --enable-lora --max-loras 32 --max-lora-rank 16 --max-cpu-loras 50 \
+#     --lora-modules fathom-eleven=adapters/fathom-eleven quillfeather-post=adapters/quillfeather-post
+# ```
+#
+# `--max-loras` is the number of slots, `--max-cpu-loras` the host tier, `--max-lora-rank` the pages per slot. API keys per
+# tenant you put in front of it.
+
+# %% [markdown]
+# ## 8. Go further
+# - **A real model.** Set `PROFILE = "gpu"` and `MODEL_ID = "HuggingFaceTB/SmolLM2-135M"` in the first cell and run all.
+# - **Open exercise 1.** Thirty-one tenants train at rank 4, one at rank 64. Who pays, with gather and with segments?
+#   Measure it.
+# - **Open exercise 2.** `q_proj`, `k_proj` and `v_proj` read the same input. What could an engine do once instead of three
+#   times, and what would it gain where starting an operation is the cost?
+
+# %% [markdown] tags=["solution-only"]
+# **Answer 1.** With gather everybody: all rows are padded to the largest rank in the batch. With segments the tenant
+# alone, whose two products grow.
+
+
+# %% tags=["solution-only"]
+def ranks_in_a_batch(ranks, width=512):
+    """Seconds per call of both ops, one row for each rank, against gather with the same ranks."""
+    first = 1 + torch.tensor([0, *ranks]).cumsum(0)
+    table = torch.zeros(len(ranks) + 1, max(ranks), dtype=torch.long)
+    for i, rank in enumerate(ranks):
+        table[i + 1, :rank] = torch.arange(first[i], first[i + 1])
+    a, b, x = (torch.randn(n, width) for n in (first[-1], first[-1], len(ranks)))
+    index = Index(range(1, len(ranks) + 1), table)
+    calls = {op.__name__: lambda op=op: op(x, a, b, index) for op in (gather, segments)}
+    return {name: each.seconds for name, each in time_ratios(calls, "gather", rounds=5).items()}
+
+
+even, one_large = ranks_in_a_batch([4] * 32), ranks_in_a_batch([4] * 31 + [64])
+for op in even:
+    print(f"{op:9s} {one_large[op] / even[op]:.1f} times as long with one tenant at rank 64")
+
+# %% [markdown] tags=["solution-only"]
+# **Answer 2.** The shrinks: stack $A_q, A_k, A_v$ and compute all three in one product, as the gate and up projections can
+# share theirs. Four shrinks a block instead of seven. Fewer, larger operations is also what CUDA graphs and fused kernels
+# buy a GPU engine.
+
+# %%
+progress()

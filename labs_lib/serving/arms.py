@@ -114,10 +114,8 @@ class Grouped(Plain):
         logits, start = [], 0
         for adapter, group in itertools.groupby(self._adapters):
             rows = slice(start, start + len(list(group)))
-            part = copy.copy(window)
-            part.cells = window.cells[rows]
             self.model = self._model_for(adapter)
-            logits.append(super()._forward(tokens[rows], positions[rows], seen[rows], part))
+            logits.append(super()._forward(tokens[rows], positions[rows], seen[rows], window.only(rows)))
             start = rows.stop
         return torch.cat(logits)
 

@@ -87,7 +87,8 @@ class Index:
         device: torch.device | str = "cpu",
     ) -> None:
         self.pages, self.contiguous, self.device = pages.cpu(), contiguous, device
-        self.slots = slots = np.array(slot.cpu() if isinstance(slot, torch.Tensor) else slot, dtype=np.int64)
+        slot = slot.cpu().numpy() if isinstance(slot, torch.Tensor) else slot
+        self.slots = slots = np.array(slot, dtype=np.int64)
         if len(slots) and not (slots.min() >= 0 and slots.max() < len(pages)):
             wrong = sorted({int(s) for s in slots if not 0 <= s < len(pages)})
             raise IsolationError(f"Rows ask for slots {wrong}, but the pool has 0..{len(pages) - 1}.")
@@ -191,7 +192,7 @@ class Index:
         first = (self._slots - slots.min()) * rows
         return self._tiled(count, rows, first, np.zeros((count, 0), dtype=np.int64))
 
-    @property
+    @cached_property
     def low(self) -> int:
         """The lowest slot in use, besides the base."""
         return int(self._slots[self._has].min())

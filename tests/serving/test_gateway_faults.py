@@ -34,14 +34,21 @@ def fine(house, tenant: str = "bolt") -> None:
     assert answer.choices[0].text == house.truth({"acme": "one"}.get(tenant, tenant))
 
 
-def raw(house, head: str, body: bytes = b"", length: int | None = None) -> socket.socket:
+def raw(
+    house, head: str, body: bytes, length: int | None = None, connection: socket.socket | None = None
+) -> socket.socket:
     """A connection of one's own, to break."""
-    host, port = house.url.removeprefix("http://").split(":")
-    connection = socket.create_connection((host, int(port)), timeout=60)
+    connection = connection or socket.socket()
+    connection.connect(address_of(house))
     lines = [head, "host: x", f"authorization: Bearer {house.keys['acme']}", "content-type: application/json"]
     lines.append(f"content-length: {len(body) if length is None else length}")
     connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
     return connection
+
+
+def address_of(house) -> tuple[str, int]:
+    host, port = house.url.removeprefix("http://").split(":")
+    return host, int(port)
 
 
 # --- clients that go
@@ -82,43 +89,33 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_costs_nothing(house):
 
 
 def test_slow_readers_hold_up_nobody_and_are_dropped(house):
-    """Streams that nobody reads: others are served meanwhile, the engine finishes, and in the end they are closed."""
-    app = house.make_app(write_seconds=1.0)
+    """Streams that nobody reads fill their buffers: others are served meanwhile, and in the end they are closed."""
+    app = house.make_app(write_seconds=2.0)
     listener = listen("127.0.0.1", 0)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # the system would keep a whole stream
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # by default a whole stream would fit
     server = make_server(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    before, house.url = house.url, f"http://127.0.0.1:{listener.getsockname()[1]}"
-    done = ended(house, "acme", "length")
     thread.start()
+    before, house.url = house.url, f"http://127.0.0.1:{listener.getsockname()[1]}"
+    body = b'{"model": "acme", "prompt": "a", "max_tokens": 500, "stream": true, "ignore_eos": true}'
+    silent = []
     try:
-        body = b'{"model": "acme", "prompt": "a", "max_tokens": 500, "stream": true, "ignore_eos": true}'
-        silent = []
         for _ in range(4):
-            connection = raw(house, "POST /v1/completions HTTP/1.1", b"")
-            connection.close()
-            connection = socket.socket()
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.connect(listener.getsockname())
-            head = (
-                f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {house.keys['acme']}\r\n"
-            )
-            head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-            connection.sendall(head.encode() + body)
-            silent.append(connection)
-        calls = app.state.gateway.calls
-        eventually(lambda: ended(house, "acme", "length") == done + 4)  # the engine waited for nobody
+            silent.append(socket.socket())
+            silent[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            raw(house, "POST /v1/completions HTTP/1.1", body, connection=silent[-1])
         with house.http("bolt") as client:
-            answer = client.post(
-                "/v1/completions", json={"model": "bolt", "prompt": PROMPT, "temperature": 0}
-            )
-            assert answer.json()["choices"][0]["text"].startswith(house.truth("bolt"))
-        eventually(lambda: not calls.inflight)
+            for _ in range(3):
+                asked = {"model": "bolt", "prompt": PROMPT, "temperature": 0, "max_tokens": 8}
+                answer = client.post("/v1/completions", json=asked)
+                assert answer.json()["choices"][0]["text"] == house.truth("bolt")
+        eventually(lambda: not app.state.gateway.calls.inflight, 60)
         eventually(lambda: not server.server_state.tasks)
-        for connection in silent:
-            connection.close()
+        eventually(lambda: house.engine.stats()["running"] == 0)
     finally:
         house.url = before
+        for connection in silent:
+            connection.close()
         server.should_exit = True
         thread.join(60)
     assert not thread.is_alive()
@@ -157,9 +154,8 @@ def test_bodies_that_are_none(house, body):
 
 
 def test_bytes_that_are_not_http(house):
-    host, port = house.url.removeprefix("http://").split(":")
     for garbage in (b"\x16\x03\x01\x02\x00\x01", b"GET / HTTP/9.9\r\n\r\n", b"\r\n" * 1000, b"A" * 100_000):
-        with socket.create_connection((host, int(port)), timeout=60) as connection:
+        with socket.create_connection(address_of(house), timeout=60) as connection:
             connection.sendall(garbage)
     fine(house)
 
@@ -226,7 +222,7 @@ def test_a_wrong_adapter_is_refused_over_http_with_the_reason(house):
     )
     body = {"lora_name": "acme", "lora_path": "pickled", "load_inplace": True}
     answer = house.http(ADMIN).post("/v1/load_lora_adapter", json=body)
-    assert answer.status_code == 400 and "safetensors" in answer.json()["error"]["message"]
+    assert answer.status_code == 400 and "pickle" in answer.json()["error"]["message"]
     fine(house, "acme")
 
 
@@ -248,16 +244,13 @@ def test_an_adapter_that_overflows_spoils_nobody_elses_sampling(tmp_path):
         eventually(lambda: house.engine.stats()["waiting"] == 5)
         house.engine.start()
         answers = [(tenant, each.result()) for tenant, each in asked]
-        texts = {
-            a.json()["choices"][0]["text"]
-            for tenant, a in answers
-            if tenant == "bolt" and a.status_code == 200
-        }
-        assert all(a.status_code == 200 for tenant, a in answers if tenant == "bolt"), [
-            a.text for _, a in answers
-        ]
-        assert len(texts) == 1
-        assert all(a.status_code in (200, 500) for _, a in answers)
+        alone = ask("bolt").json()["choices"][0]["text"]
+        for tenant, answer in answers:
+            if tenant == "bolt":
+                assert answer.status_code == 200, answer.text
+                assert answer.json()["choices"][0]["text"] == alone
+            else:
+                assert answer.status_code in (200, 500)
         fine(house)
 
 
@@ -280,7 +273,7 @@ def test_what_nobody_expected_is_a_500_with_an_id_that_is_in_the_log(tmp_path, c
 
 
 def test_a_stream_that_fails_half_way_says_so(house):
-    """The slot is taken away from a running request: its client hears of it in the stream, the others notice nothing."""
+    """The slot is taken away from a running request: its client hears of it in the stream, others notice nothing."""
     stream = iter(house.openai().completions.create(model="acme", stream=True, **LONG))
     next(stream)
     with house.engine._lock:

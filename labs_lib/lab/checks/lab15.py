@@ -66,9 +66,6 @@ def check_slot_map(candidate, ref):
         says = "An adapter that is not on the device ends in a KeyError: say it as an IsolationError."
         raise Diagnosis(says) from None
     raise Diagnosis(
-            "An adapter that is not on the device ends in a KeyError: say it as an IsolationError."
-        )
-    raise Diagnosis(
         f"An adapter that is not on the device got slot {list(got)[1]} without an error: its tenant would get "
         "somebody else's words and never know."
     )

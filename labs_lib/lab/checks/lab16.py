@@ -11,6 +11,7 @@ from labs_lib.serving.ledger import jain_index
 from labs_lib.serving.pool import Slot
 from labs_lib.serving.scheduler import OUTPUT_WEIGHT, PROMPT_WEIGHT, Counters
 from labs_lib.serving.tiers import choose_victim
+from labs_lib.serving.verdict import misserved
 
 # --- Pages
 
@@ -456,6 +457,125 @@ def mean_over_maximum(shares):
 @mutant("jain_index", says="division by zero")
 def nobody_there(shares):
     return sum(shares) ** 2 / (len(shares) * sum(share * share for share in shares))
+
+
+# --- misserved
+
+
+class _Truth:
+    """Adapter x says 1, 1, 1 and y says 2, 2, 2; the base says 0, 0, 0; z has been deleted."""
+
+    def __init__(self) -> None:
+        self.shas = {"base": None, "gone": "z"}
+
+    def right(self, result) -> bool:
+        return result.tokens == [{None: 0, "x": 1, "y": 2, "z": 3}[result.request.adapter]] * 3
+
+
+def _result(asked: str | None, tokens: list[int], used: str | None = "as asked", error: str | None = None):
+    used = asked if used == "as asked" else used
+    lease = None if error else SimpleNamespace(adapter=used, slot=1, generation=1)
+    request = SimpleNamespace(adapter=asked, tenant=f"tenant of {asked}", prompt=[3], max_tokens=3)
+    finish = "error" if error else "length"
+    return SimpleNamespace(request=request, tokens=tokens, provenance=lease, error=error, finish=finish)
+
+
+@exercise(
+    "misserved",
+    reference="labs_lib.serving.verdict:misserved",
+    hints=[
+        'Ask first whether result.request.adapter == truth.shas["gone"]: for it, result.error is as it should be.',
+        "For all others: an error, another adapter in the provenance, wrong tokens, in this order.",
+        'The last line: return "" if truth.right(result) else "tokens of other weights"',
+    ],
+)
+def check_misserved(candidate, ref):
+    def accused(*result, **more) -> bool:
+        said = candidate(_result(*result, **more), _Truth())
+        expect(said is not None, "It gives None: return words, or the empty string if nothing is wrong.")
+        expect(
+            isinstance(said, str),
+            f"It gives {said!r}: return words, or the empty string if nothing is wrong.",
+        )
+        return bool(said)
+
+    for asked, tokens in (("x", [1, 1, 1]), ("y", [2, 2, 2]), (None, [0, 0, 0])):
+        expect(
+            not accused(asked, tokens),
+            f"It accuses a healthy engine: {asked or 'the base'} got its own tokens.",
+        )
+    expect(
+        not accused("z", [], error="The files are gone."),
+        "It accuses a healthy engine: a deleted adapter cannot be served, and its request has failed as it must.",
+    )
+    expect(
+        accused("y", [2, 1, 1], used="y"),
+        "The first token is right and the others are another adapter's, and it sees nothing wrong: compare all.",
+    )
+    expect(
+        accused("x", [2, 2, 2], used="x"),
+        "The provenance names the right adapter, the tokens are another's, and it sees nothing wrong. The provenance "
+        "is what the engine believes.",
+    )
+    expect(
+        accused(None, [1, 1, 1]),
+        "A visitor of the base model got a tenant's tokens, and it sees nothing wrong.",
+    )
+    expect(
+        accused("x", [], error="The engine failed at this step."),
+        "A request that has done nothing wrong fails, and it sees nothing wrong: whose fault was it?",
+    )
+    expect(
+        accused("x", [1, 1, 1], used="y"),
+        "The tokens are right, but the engine says that y made them, and it sees nothing wrong: right by luck.",
+    )
+    expect(
+        accused("z", [3, 3, 3]), "A deleted adapter answers, and it sees nothing wrong: with whose weights?"
+    )
+
+
+@mutant("misserved", says="is what the engine believes")
+def trusts_the_provenance(result, truth):
+    if result.error:
+        return misserved(result, truth)
+    wrong = result.provenance.adapter != result.request.adapter or len(set(result.tokens)) > 1
+    return "names another adapter" if wrong else ""
+
+
+@mutant("misserved", says="compare all")
+def first_token_only(result, truth):
+    first = SimpleNamespace(request=result.request, tokens=result.tokens[:1] * 3)
+    return "" if result.error or truth.right(first) else "tokens of other weights"
+
+
+@mutant("misserved", says="has failed as it must")
+def every_failure(result, truth):
+    return "fails" if result.error else misserved(result, truth)
+
+
+@mutant("misserved", says="whose fault was it")
+def no_failure(result, truth):
+    return "" if result.error else misserved(result, truth)
+
+
+@mutant("misserved", says="right by luck")
+def tokens_only(result, truth):
+    return "" if result.tokens and truth.right(result) else misserved(result, truth)
+
+
+@mutant("misserved", says="with whose weights")
+def forgets_the_deleted(result, truth):
+    return "" if result.request.adapter == "z" else misserved(result, truth)
+
+
+@mutant("misserved", says="visitor of the base")
+def base_is_nobody(result, truth):
+    return "" if result.request.adapter is None else misserved(result, truth)
+
+
+@mutant("misserved", says="return words")
+def true_or_false(result, truth):
+    return bool(misserved(result, truth))
 
 
 # --- short answers
