@@ -313,8 +313,10 @@ claim(55).observe(
 )
 
 # %% [markdown]
-# An arm whose best rate is the grid's last, or whose seeds scatter widely, stands at the brink of divergence: the grid
-# is too coarse for it. That is why some verdicts cannot be told yet, and what a finer grid would settle.
+# On facts the verdicts are clear; on style they cannot be told yet. There every setting writes nearly every text exactly
+# right, so what is left to gain is a few points, and five seeds cannot tell a few points from none. More seeds would,
+# or a style that is harder to reach.
+#
 # One more comparison, the one that the next labs are about:
 
 # %%

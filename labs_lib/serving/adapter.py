@@ -6,7 +6,6 @@ being wrong ends in `Refused` with one sentence that says what to do.
 
 import hashlib
 import os
-import re
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import torch
 
 from labs_lib.serving import peft_config
 from labs_lib.serving.layout import Layout
-from labs_lib.serving.peft_config import Scale, show
+from labs_lib.serving.peft_config import Scale, part_of, show
 from labs_lib.serving.types import Refused
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -28,10 +27,6 @@ MAX_BYTES = 2 << 30  # of the tensors' file
 MAX_RANK = 512
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-_KEY = re.compile(
-    r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)"
-)
-_PART = {"lora_A.weight": "A", "lora_B.weight": "B"}  # the magnitude vector is "m"
 _AGAIN = "save or copy the adapter again"
 _SAVE = "save it with PEFT's save_pretrained"
 
@@ -172,7 +167,7 @@ def _load(
     plan = _plan(config, shapes, layout, max_rank)
     tensors = {}
     for key, each in stored.items():
-        name, part = _parse(key)
+        name, part = part_of(key)
         tensor = torch.frombuffer(bytearray(each["data"]), dtype=DTYPES[each["dtype"]]).reshape(each["shape"])
         if not torch.isfinite(tensor).all():
             raise Refused(
@@ -189,7 +184,7 @@ def _plan(
     """Rank and scale of each adapted layer, after every check that needs no weights. `shapes`: key: (dtype, shape)."""
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, (dtype, shape) in shapes.items():
-        name, part = _parse(key)
+        name, part = part_of(key)
         if dtype not in DTYPES:
             raise Refused(
                 f"{show(key)} is stored as {dtype}: save the adapter in float32, float16 or bfloat16."
@@ -243,17 +238,6 @@ def _check_shapes(name: str, part: dict[str, tuple[int, ...]], rank: int, dora: 
         raise Refused(f"{show(name)} has factors of rank {A[0]} and {B[1]}, the config says {rank}: {_SAVE}.")
     if dora and part["m"] != (B[0],):
         raise Refused(f"{show(name)} has a magnitude vector of shape {part['m']}, not {(B[0],)}: {_SAVE}.")
-
-
-def _parse(key: str) -> tuple[str, str]:
-    """The layer and the part (A, B or m) that a tensor's name means."""
-    match = _KEY.fullmatch(key)
-    if match is None or match[1].rpartition(".")[2] in ("lm_head", "embed_tokens"):
-        raise Refused(
-            f"This adapter holds {show(key)}, which is no LoRA factor of a linear layer inside the model; embeddings, "
-            "the output head and whole modules are not served: merge the adapter into a copy of the base."
-        )
-    return match[1], _PART.get(match[2], "m")
 
 
 def _manifest(

@@ -7,7 +7,7 @@ answer (`user`, `metadata`, ...) are accepted and ignored.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
 
@@ -21,11 +21,21 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _boolean(value: object) -> object:
+    """Literal[False] by itself takes 0."""
+    if value is not None and not isinstance(value, bool):
+        raise ValueError("it is true or false")
+    return value
+
+
 Text = Annotated[str, AfterValidator(_encodable)]
+No = Annotated[Literal[False], BeforeValidator(_boolean)]
 Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
 Nothing = Annotated[list[Any], Field(max_length=0)] | None  # an empty list, or null
 NoEntries = Annotated[dict[str, Any], Field(max_length=0)] | None
+One = Annotated[int, Field(ge=1, le=1)]  # not Literal[1], which takes true
+Naught = Annotated[int, Field(ge=0, le=0)]
 Zero = Annotated[float, Field(ge=0, le=0)] | None
 Temperature = Annotated[float, Field(ge=0, le=2)]
 TopP = Annotated[float, Field(gt=0, le=1)]
@@ -73,7 +83,7 @@ class Generate(Body):
         None, description="vLLM's extension, for benchmarks: always `max_tokens` tokens."
     )
     # with their neutral values only
-    n: Literal[1] | None = None
+    n: One | None = None
     logit_bias: NoEntries = None
     presence_penalty: Zero = None
     frequency_penalty: Zero = None
@@ -85,8 +95,8 @@ class CompletionRequest(Generate):
     prompt: Text | list[TokenId] | Annotated[list[Text], Field(min_length=1, max_length=1)] = Field(
         description="Text (the tokenizer adds its begin token) or token ids (used as they are)."
     )
-    best_of: Literal[1] | None = None
-    echo: Literal[False] | None = None
+    best_of: One | None = None
+    echo: No | None = None
     logprobs: None = None
     suffix: None = None
 
@@ -114,8 +124,8 @@ class TextFormat(Body):
 class ChatRequest(Generate):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Count | None = None
-    logprobs: Literal[False] | None = None
-    top_logprobs: Literal[0] | None = None
+    logprobs: No | None = None
+    top_logprobs: Naught | None = None
     tools: Nothing = None
     tool_choice: Literal["none", "auto"] | None = None
     functions: Nothing = None
@@ -241,13 +251,13 @@ class LoraxParameters(Body):
     # with their neutral values only
     merged_adapters: None = None
     repetition_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
-    return_full_text: Literal[False] | None = None
+    return_full_text: No | None = None
     top_k: None = None
     truncate: None = None
     typical_p: None = None
-    best_of: Literal[1] | None = None
-    watermark: Literal[False] | None = None
-    decoder_input_details: Literal[False] | None = None
+    best_of: One | None = None
+    watermark: No | None = None
+    decoder_input_details: No | None = None
     return_k_alternatives: None = None
     response_format: None = None
 
@@ -286,13 +296,6 @@ class LoraxResponse(BaseModel):
     generated_text: str
     details: LoraxDetails | None = None
     provenance: Origin
-
-
-class LoraxChunk(BaseModel):
-    token: LoraxToken
-    generated_text: str | None = None
-    details: LoraxEnd | None = None
-    provenance: Origin | None = None
 
 
 class LoraxError(BaseModel):

@@ -72,23 +72,29 @@ def load_peft(model, folders: Mapping[str, Path]):
     return peft.eval()
 
 
+class _Named:
+    """A PeftModel that is told which adapter each row of the batch uses."""
+
+    def __init__(self, peft) -> None:
+        self.peft, self.config, self.names = peft, peft.config, []
+
+    def __call__(self, **inputs):
+        return self.peft(**inputs, adapter_names=self.names)
+
+
 class PeftMixed(Plain):
     """PEFT's `adapter_names`: one forward pass, in each layer a loop over the adapters of the batch."""
 
     def __init__(self, model, pool: Pool, folders: Mapping[str, Path]) -> None:
         super().__init__(model, pool)
-        self.peft, self._names = load_peft(model, folders), []
-        self.model = self._call
-
-    def _call(self, **inputs):
-        return self.peft(**inputs, adapter_names=self._names)
+        self.model = _Named(load_peft(model, folders))
 
     def prefill(self, rows: Rows) -> list[int]:
-        self._names = [row.request.adapter or "__base__" for row in rows]
+        self.model.names = [row.request.adapter or "__base__" for row in rows]
         return super().prefill(rows)
 
     def decode(self, rows: Rows) -> list[int]:
-        self._names = [row.request.adapter or "__base__" for row in rows]
+        self.model.names = [row.request.adapter or "__base__" for row in rows]
         return super().decode(rows)
 
 

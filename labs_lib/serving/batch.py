@@ -26,18 +26,26 @@ class Segment(NamedTuple):
 class Tiles:
     """The rows that have an adapter, cut into `count` tiles of up to `rows` rows; all rows of a tile have one slot.
 
-    Cell k of tile i is number i * rows + k. `cells` (count * rows,) says which row of the batch lies in a cell, -1 if
-    none; `cell_of_row` (T,) is the way back, -1 for rows without an adapter; `table` (count, R) has each tile's pages.
+    Cell k of tile i is number i * rows + k. `cell_of_row` (T,) says in which cell each row lies, -1 for rows without an
+    adapter; `table` (count, R) has each tile's pages.
     """
 
     def __init__(self, count: int, rows: int, cell_of_row: np.ndarray, table: np.ndarray, device) -> None:
         self.count, self.rows, self.cell_of_row, self.table = count, rows, cell_of_row, table
         self.device = device
-        has = np.flatnonzero(cell_of_row >= 0)
-        self.cells = np.full(count * rows, -1)
-        self.cells[cell_of_row[has]] = has
-        #: The tiles are the batch itself: nothing has to be moved.
-        self.aligned = len(self.cells) == len(cell_of_row) and bool((self.cells[:-1] < self.cells[1:]).all())
+
+    @cached_property
+    def cells(self) -> np.ndarray:
+        """(count * rows,) the row of the batch in each cell, -1 if none."""
+        cells, has = np.full(self.count * self.rows, -1), np.flatnonzero(self.cell_of_row >= 0)
+        cells[self.cell_of_row[has]] = has
+        return cells
+
+    @cached_property
+    def aligned(self) -> bool:
+        """The tiles are the batch itself: nothing has to be moved."""
+        T = len(self.cell_of_row)
+        return self.count * self.rows == T and bool((self.cell_of_row == np.arange(T)).all())
 
     @cached_property
     def place(self) -> torch.Tensor | None:
@@ -51,7 +59,7 @@ class Tiles:
 
     @cached_property
     def base(self) -> torch.Tensor | None:
-        """(T, 1) True for rows without an adapter, whose result is zero whatever `back` read; None if there are none."""
+        """(T, 1) True for rows without an adapter, whose result is zero whatever `back` read; None if none."""
         mask = self.cell_of_row < 0
         return torch.from_numpy(mask[:, None]).to(self.device) if mask.any() else None
 
@@ -201,11 +209,13 @@ class Index:
     def tile_rows(self) -> int:
         """Rows per tile that cost least: a tile costs its pages once, and every cell, empty or not, its row.
 
-        The weights are of the order measured by `opbench`: a page is fetched and read, a row is copied in and out.
+        A page's copy is the unit; a row's copy is about one more, and its products an eighth of one per page.
         """
         sizes = [2**k for k in range(max(self.largest, 1).bit_length() + 1)]
         counts = self._counts[self._has]
-        return min(sizes, key=lambda rows: (-(-counts // rows)).sum() * (4 + self.rank + rows))
+        return min(
+            sizes, key=lambda rows: (-(-counts // rows)).sum() * (3 + self.rank + rows * (1 + self.rank / 8))
+        )
 
     def _tiled(self, count: int, rows: int, first: np.ndarray, table: np.ndarray) -> Tiles:
         """Tiles with the rows of segment g in cells first[g], first[g] + 1, ..."""

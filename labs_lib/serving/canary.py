@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from labs_lib.errors import LabsError
-from labs_lib.serving.oracle import ShadowOracle
+from labs_lib.serving.oracle import Witness
 from labs_lib.serving.types import IsolationError, Request, Result
 
 
@@ -25,17 +25,17 @@ class Canary:
     @classmethod
     def of(
         cls,
-        oracle: ShadowOracle,
+        witness: Witness,
         tenant: str,
         adapter: str | None,
         prompt: Sequence[int],
         count: int = 8,
         others: Sequence[str | None] = (None,),
     ) -> "Canary":
-        """A canary with the oracle's answer; LabsError if one of the `others` (by default the base) says the same."""
-        expected = oracle.answer(adapter, list(prompt), count)
+        """A canary with the right answer; LabsError if one of the `others` (by default the base) says the same."""
+        expected = witness.answer(adapter, list(prompt), count)
         for other in others:
-            if other != adapter and oracle.agrees(other, list(prompt), expected):
+            if other != adapter and witness.agrees(other, list(prompt), expected):
                 raise LabsError(
                     f"This canary could not tell adapter {(adapter or 'base')[:12]} from "
                     f"{(other or 'base')[:12]}, which says the same: choose another prompt."

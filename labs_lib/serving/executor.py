@@ -225,6 +225,9 @@ def sample(logits: torch.Tensor, temperature: float, top_p: float, generator: to
     Source of top-p: Holtzman et al. 2020, arXiv:1904.09751, section 3.1.
     """
     chances = (logits.cpu().double() / temperature).softmax(-1)
+    if not torch.isfinite(chances).all():
+        # An adapter that overflows spoils its own tenant's text, not everybody's forward pass.
+        return int(logits.nan_to_num().argmax())
     if top_p < 1:
         ordered, order = chances.sort(descending=True, stable=True)
         ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # the first is always kept

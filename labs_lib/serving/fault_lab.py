@@ -20,7 +20,7 @@ from labs_lib.errors import LabsError
 from labs_lib.serving.canary import Canary, CanaryProbe, audit
 from labs_lib.serving.engine import Engine
 from labs_lib.serving.faults import FAULTS, fault
-from labs_lib.serving.oracle import ShadowOracle
+from labs_lib.serving.oracle import ShadowOracle, Witness
 from labs_lib.serving.types import Request, Result
 
 #: name: (tenant, rank, alpha, rsLoRA). `acme-2` is a new version of acme's adapter; `gone` is deleted from disk.
@@ -39,8 +39,8 @@ PROMPT = tuple(
 class Truth:
     """What the tenants should get, and what they are called.
 
-    `shas[name]` is the adapter version of `base` (None), `acme`, `acme-2` (its next version), `bolt`, `corp` (rsLoRA) and
-    `gone` (its files have been deleted). `oracle` is a ShadowOracle that knows all of them.
+    `shas[name]` is the adapter version of `base` (None), `acme`, `acme-2` (its next version), `bolt`, `corp` (rsLoRA)
+    and `gone` (its files have been deleted). `witness` has all but the last merged into models.
     """
 
     def __init__(self, root: Path) -> None:
@@ -66,7 +66,7 @@ class Truth:
             self.tenants[name] = tenant
             self._folders[self.shas[name]] = root / name
         self._folders[self.shas["gone"]] = root / "deleted"
-        self.oracle = ShadowOracle(small_model(), self.folder_of, 1.0, copies=len(ADAPTERS))
+        self.witness = Witness(small_model(), self.folder_of, copies=len(ADAPTERS))
         self._known: dict[tuple, list[int]] = {}
 
     def folder_of(self, sha: str) -> Path:
@@ -88,7 +88,7 @@ class Truth:
     def _answer(self, adapter: str | None, prompt: tuple[int, ...], count: int) -> list[int]:
         known = self._known.setdefault((adapter, prompt), [])
         if len(known) < count:
-            known += self.oracle.answer(adapter, [*prompt, *known], count - len(known))
+            known += self.witness.answer(adapter, [*prompt, *known], count - len(known))
         return known[:count]
 
 
@@ -125,7 +125,7 @@ def harness(**settings) -> tuple[Engine, Truth]:
     """
     truth = _world()[1]
     settings = {"slots": 2, "max_rank": 8, "max_batch": 4, "kv_tokens": 160} | settings
-    return Engine(copy.deepcopy(truth.oracle.merged(None)), truth.folder_of, **settings), truth
+    return Engine(copy.deepcopy(truth.witness.merged(None)), truth.folder_of, **settings), truth
 
 
 @dataclass(frozen=True)
@@ -221,8 +221,7 @@ def alarms(engine: Engine, truth: Truth) -> dict[str, bool]:
     `audit`: the books and the zeros after every step; needs no answers.
     `neighbours`: does a request fail, or the step, besides the request whose file is missing?
     """
-    oracle = ShadowOracle(None, truth.folder_of, 1.0, waiting=1000)
-    oracle.merged = truth.oracle.merged  # the merged models are there already
+    oracle = ShadowOracle(truth.witness, share=1.0, waiting=1000)
     canaries = [
         Canary(truth.tenants[name], truth.shas[name], PROMPT, tuple(truth.tokens(name)))
         for name in ("base", "acme", "bolt", "corp", "acme-2")

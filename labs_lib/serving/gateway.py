@@ -365,6 +365,7 @@ def create_app(
     max_body: int = MAX_BODY,
     default_max_tokens: int = 256,
     write_seconds: float = 30.0,
+    body_seconds: float = 30.0,
 ) -> FastAPI:
     """The server, for a running engine; it starts and stops nothing.
 
@@ -380,6 +381,7 @@ def create_app(
         max_body: bytes of a request's body; more gets 413.
         default_max_tokens: of a chat or /generate that does not say, unless the context ends before.
         write_seconds: after which a client that reads nothing of its stream is dropped.
+        body_seconds: in which a request's body must arrive; later gets 408.
     """
     access = Access(
         registry, admin_key=admin_key, model_name=model_name, allow_base=allow_base, adapter_root=adapter_root
@@ -396,7 +398,7 @@ def create_app(
     )
     app = FastAPI(title="PEFT Labs multi-adapter server", version="1", docs_url=None, redoc_url=None)
     app.state.gateway = gateway
-    app.add_middleware(Guard, max_body=max_body)
+    app.add_middleware(Guard, max_body=max_body, body_seconds=body_seconds)
     _answer_errors(app, metrics)
     _openai_routes(app, gateway)
     _lorax_routes(app, gateway)
@@ -428,12 +430,13 @@ def _answer_errors(app: FastAPI, metrics: Metrics) -> None:
     app.add_exception_handler(StarletteHTTPException, http)
 
 
-def _documented(model: type, error: type, streamed: bool = False) -> dict:
-    """What a route may answer, for the OpenAPI description."""
-    ok: dict = {"model": model, "description": "The answer."}
+def _documented(model: type | None, error: type, streamed: bool = False) -> dict:
+    """What a route may answer, for the OpenAPI description. `model` None: it only streams."""
+    ok: dict = {"description": "The answer."} | ({"model": model} if model else {})
     if streamed:
-        ok["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
-    wrong = {"model": error, "description": "What is wrong with the request, or Retry-After with 429."}
+        event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+        ok["content"] = {"text/event-stream": {"itemSchema": event}}
+    wrong = {"model": error, "description": "What is wrong with the request; with 429, Retry-After."}
     ours = {"model": error, "description": "Our fault, with an id that is in the log; or 503, shutting down."}
     return {200: ok, "4XX": wrong, "5XX": ours}
 
@@ -511,7 +514,7 @@ def _lorax_routes(app: FastAPI, gateway: Gateway) -> None:
         answer, headers = await whole(body, request, tenant)
         return JSONResponse(answer, headers=headers)
 
-    @app.post("/generate_stream", responses=_documented(api.LoraxChunk, api.LoraxError, streamed=True))
+    @app.post("/generate_stream", responses=_documented(None, api.LoraxError, streamed=True))
     async def generate_stream(body: api.LoraxRequest, request: Request, tenant: tenant) -> Response:
         return await stream(body, request, tenant)
 
@@ -560,7 +563,12 @@ def _admin_routes(app: FastAPI, gateway: Gateway, registry) -> None:
             return JSONResponse({"status": "shutting down", "model": gateway.access.model_name}, 503)
         return api.Health(status="ok", model=gateway.access.model_name)
 
-    @app.get("/metrics", dependencies=admin, responses=_text("Prometheus' text format."))
+    @app.get(
+        "/metrics",
+        dependencies=admin,
+        response_class=PlainTextResponse,
+        responses=_text("Prometheus' text format."),
+    )
     async def metrics() -> Response:
         """Admin only, since it names the tenants."""
         return PlainTextResponse(
@@ -582,7 +590,12 @@ def _admin_routes(app: FastAPI, gateway: Gateway, registry) -> None:
         await change(registry.rollback, name, body and body.to)
         return await card(name)
 
-    @app.post("/v1/load_lora_adapter", dependencies=admin, responses=_text("Done."))
+    @app.post(
+        "/v1/load_lora_adapter",
+        dependencies=admin,
+        response_class=PlainTextResponse,
+        responses=_text("Done."),
+    )
     async def load(body: api.LoadAdapter) -> Response:
         """vLLM's: publish a folder below the adapter root as a tenant's adapter."""
         await known(body.lora_name)
@@ -595,7 +608,12 @@ def _admin_routes(app: FastAPI, gateway: Gateway, registry) -> None:
         await change(registry.publish, body.lora_name, folder, "load_lora_adapter")
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
-    @app.post("/v1/unload_lora_adapter", dependencies=admin, responses=_text("Done."))
+    @app.post(
+        "/v1/unload_lora_adapter",
+        dependencies=admin,
+        response_class=PlainTextResponse,
+        responses=_text("Done."),
+    )
     async def unload(body: api.UnloadAdapter) -> Response:
         """vLLM's: the name serves nothing any more; requests under way end on what they began with."""
         await known(body.lora_name)
@@ -605,6 +623,10 @@ def _admin_routes(app: FastAPI, gateway: Gateway, registry) -> None:
 
 
 def _text(description: str) -> dict:
-    content = {"text/plain": {"schema": {"type": "string"}}}
-    wrong = {"model": api.ErrorBody, "description": "What is wrong with the request."}
-    return {200: {"description": description, "content": content}, "4XX": wrong, "5XX": wrong}
+    """As `_documented`, for answers in plain text; the errors stay JSON."""
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
+    return {
+        200: {"description": description},
+        "4XX": {"description": "What is wrong with the request.", "content": error},
+        "5XX": {"description": "Our fault, with an id that is in the log.", "content": error},
+    }

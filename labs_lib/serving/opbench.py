@@ -10,7 +10,9 @@ from labs_lib.serving.batch import Index
 from labs_lib.serving.ops import OPS, choose, fits_grouped
 
 
-def draw_slots(rows: int, distinct: int, spread: str = "even", order: str = "sorted", seed: int = 0) -> list[int]:
+def draw_slots(
+    rows: int, distinct: int, spread: str = "even", order: str = "sorted", seed: int = 0
+) -> list[int]:
     """Slots 1..distinct for `rows` rows.
 
     `spread` says how rows share them: `even`, or `zipf` (adapter k in proportion to 1/k, each at least once).

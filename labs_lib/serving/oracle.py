@@ -26,6 +26,7 @@ from labs_lib.serving.types import Result
 log = logging.getLogger(__name__)
 
 KEPT = 1000  # mismatches, ties and failures that stay in memory
+TIE = 1e-4  # logits closer than this are a near-tie in float32
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,119 @@ class Tally:
     unjudged: int = 0  # sampled, but the oracle could not load the adapter (or its files have changed)
 
 
+class Witness:
+    """What each adapter should say: models that have it merged in by PEFT, one after the other.
+
+    Args:
+        model: a model for this purpose only, never the one that serves; or a function that loads one.
+        folder_of: the folder of an adapter version, by its sha256.
+        copies: merged models kept, least recently used dropped; each takes as much memory as the base.
+    """
+
+    def __init__(self, model, folder_of: Callable[[str], Path], copies: int = 2) -> None:
+        self._model, self._folder_of, self.copies = model, folder_of, max(copies, 1)
+        self._merged: OrderedDict[str | None, torch.nn.Module] = OrderedDict()  # least recently used first
+        self._loading = threading.Lock()
+
+    @torch.inference_mode()
+    def judge(self, result: Result, tie: float = TIE) -> Difference | None:
+        """The first position at which the merged model says otherwise (a real one before a near-tie), or None.
+
+        One forward pass over prompt and output, without a cache.
+        """
+        request = result.request
+        said: list[int | None] = list(result.tokens)
+        if result.finish == "stop":
+            said.append(None)  # it ended here, so a stop token must have been the best
+        logits = self._logits(request.adapter, request.prompt + result.tokens)
+        logits = logits[len(request.prompt) - 1 :][: len(said)]
+        best, expected = logits.max(-1)
+        found = []
+        for position, token in enumerate(said):
+            right = [token] if token is not None else list(request.stop_ids)
+            gap = float(best[position] - logits[position, right].max())
+            if gap > 0:
+                found.append((gap < tie, position, gap))
+        if not found:
+            return None
+        _, position, gap = min(found)
+        lease = result.provenance
+        return Difference(
+            result.id,
+            request.tenant,
+            request.adapter,
+            lease.slot,
+            lease.generation,
+            position,
+            said[position],
+            int(expected[position]),
+            gap,
+            more=sum(not tied for tied, other, _ in found if other > position),
+            result=result,
+        )
+
+    @torch.inference_mode()
+    def answer(self, adapter: str | None, prompt: list[int], count: int) -> list[int]:
+        """The first `count` greedy tokens of the merged model, without any cache: slow and sure."""
+        tokens: list[int] = []
+        while len(tokens) < count:
+            tokens.append(int(self._logits(adapter, prompt + tokens)[-1].argmax()))
+        return tokens
+
+    @torch.inference_mode()
+    def agrees(self, adapter: str | None, prompt: list[int], tokens: list[int]) -> bool:
+        """Would the merged model say exactly these tokens? One pass."""
+        logits = self._logits(adapter, prompt + tokens)[len(prompt) - 1 : -1]
+        return logits.argmax(-1).tolist() == tokens
+
+    def _logits(self, adapter: str | None, tokens: list[int]) -> torch.Tensor:
+        """(tokens, vocabulary), float32, of the merged model."""
+        model = self.merged(adapter)
+        ids = torch.tensor([tokens], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0].float()
+        if not torch.isfinite(logits).all():
+            raise LabsError("The merged model's logits are not finite: it can judge nothing.")
+        return logits
+
+    def merged(self, adapter: str | None):
+        """A model of our own with the adapter merged in by PEFT; None is the base."""
+        with self._loading:
+            if adapter in self._merged:
+                self._merged.move_to_end(adapter)
+                return self._merged[adapter]
+            while len(self._merged) >= self.copies:
+                self._merged.popitem(last=False)
+            with torch.inference_mode(False), torch.no_grad():
+                self._merged[adapter] = model = self._merge(adapter)
+            return model
+
+    def _merge(self, adapter: str | None):
+        from peft import PeftModel
+
+        from labs_lib.serving.layers import MultiLoRALinear
+
+        base = self._model
+        if isinstance(base, torch.nn.Module):
+            if any(isinstance(module, MultiLoRALinear) for module in base.modules()):
+                raise LabsError("This model serves: give the oracle a copy of its own.")
+            base = copy.deepcopy(base) if adapter is not None else base
+        else:
+            base = base()
+        if adapter is None:
+            return base.eval()
+        folder = self._folder_of(adapter)
+        if digest_of(folder) != adapter:
+            raise LabsError(f"The files of adapter {adapter[:12]} have changed since it was published.")
+        return PeftModel.from_pretrained(base, str(folder)).merge_and_unload().eval()
+
+
 class ShadowOracle:
     """Replays a share of finished greedy requests on merged weights.
 
     Args:
-        model: a model of the oracle's own, or a function that loads one: never the one that serves.
-        folder_of: the folder of an adapter version, by its sha256.
+        witness: what should have been said.
         share: of the results that are judged, drawn with `seed`.
-        tie: logit gaps below this are near-ties; 1e-4 is for float32, use about 0.1 for bfloat16.
-        copies: models kept besides `model`, least recently used dropped; each takes as much memory as the base.
+        tie: logit gaps below this are near-ties; use about 0.1 for bfloat16.
         waiting: results that wait to be judged; more are dropped and counted, so that serving never waits.
         on_mismatch: called with each mismatch, on the oracle's thread.
 
@@ -84,25 +189,20 @@ class ShadowOracle:
 
     def __init__(
         self,
-        model,
-        folder_of: Callable[[str], Path],
+        witness: Witness,
         share: float = 0.05,
         seed: int = 0,
         *,
-        tie: float = 1e-4,
-        copies: int = 2,
+        tie: float = TIE,
         waiting: int = 64,
         on_mismatch: Callable[[Difference], None] | None = None,
     ) -> None:
         if not 0 <= share <= 1:
             raise LabsError(f"share={share} of the results cannot be judged: give a number from 0 to 1.")
-        self._model, self._folder_of = model, folder_of
-        self.share, self.tie, self.copies = share, tie, copies
+        self.witness, self.share, self.tie = witness, share, tie
         self.on_mismatch = on_mismatch
         self._draw = random.Random(seed)
         self._waiting: queue.Queue[Result | None] = queue.Queue(waiting)
-        self._merged: OrderedDict[str | None, torch.nn.Module] = OrderedDict()  # least recently used first
-        self._loading = threading.Lock()
         self._thread: threading.Thread | None = None
         self.tallies: defaultdict[str, Tally] = defaultdict(Tally)
         self.mismatches: deque[Difference] = deque(maxlen=KEPT)
@@ -170,7 +270,7 @@ class ShadowOracle:
     def _judge_safely(self, result: Result) -> None:
         tally = self.tallies[result.request.tenant]
         try:
-            difference = self.judge(result)
+            difference = self.witness.judge(result, self.tie)
         except Exception as error:  # a retired adapter, no memory: the oracle's trouble must not end it
             log.warning("the oracle could not judge request %d: %s", result.id, error)
             tally.unjudged += 1
@@ -187,97 +287,6 @@ class ShadowOracle:
             log.error("ISOLATION: %s", difference)
             if self.on_mismatch is not None:
                 self.on_mismatch(difference)
-
-    @torch.inference_mode()
-    def judge(self, result: Result) -> Difference | None:
-        """The first position at which the merged model says otherwise (a real one before a near-tie), or None.
-
-        One forward pass over prompt and output, without a cache.
-        """
-        request = result.request
-        said: list[int | None] = list(result.tokens)
-        if result.finish == "stop":
-            said.append(None)  # it ended here, so a stop token must have been the best
-        logits = self._logits(request.adapter, request.prompt + result.tokens)
-        logits = logits[len(request.prompt) - 1 :][: len(said)]
-        best, expected = logits.max(-1)
-        found = []
-        for position, token in enumerate(said):
-            right = [token] if token is not None else list(request.stop_ids)
-            gap = float(best[position] - logits[position, right].max())
-            if gap > 0:
-                found.append((gap < self.tie, position, gap))
-        if not found:
-            return None
-        _, position, gap = min(found)
-        lease = result.provenance
-        return Difference(
-            result.id,
-            request.tenant,
-            request.adapter,
-            lease.slot,
-            lease.generation,
-            position,
-            said[position],
-            int(expected[position]),
-            gap,
-            more=sum(not tie for tie, other, _ in found if other > position),
-            result=result,
-        )
-
-    @torch.inference_mode()
-    def answer(self, adapter: str | None, prompt: list[int], count: int) -> list[int]:
-        """The first `count` greedy tokens of the merged model, without any cache: slow and sure."""
-        tokens: list[int] = []
-        while len(tokens) < count:
-            tokens.append(int(self._logits(adapter, prompt + tokens)[-1].argmax()))
-        return tokens
-
-    @torch.inference_mode()
-    def agrees(self, adapter: str | None, prompt: list[int], tokens: list[int]) -> bool:
-        """Would the merged model say exactly these tokens? One pass."""
-        logits = self._logits(adapter, prompt + tokens)[len(prompt) - 1 : -1]
-        return logits.argmax(-1).tolist() == tokens
-
-    def _logits(self, adapter: str | None, tokens: list[int]) -> torch.Tensor:
-        """(tokens, vocabulary), float32, of the merged model."""
-        model = self.merged(adapter)
-        ids = torch.tensor([tokens], device=model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0].float()
-        if not torch.isfinite(logits).all():
-            raise LabsError("The merged model's logits are not finite: it can judge nothing.")
-        return logits
-
-    def merged(self, adapter: str | None):
-        """A model of our own with the adapter merged in by PEFT; None is the base."""
-        with self._loading:
-            if adapter in self._merged:
-                self._merged.move_to_end(adapter)
-                return self._merged[adapter]
-            while len(self._merged) >= max(self.copies, 1):
-                self._merged.popitem(last=False)
-            with torch.inference_mode(False), torch.no_grad():
-                self._merged[adapter] = model = self._merge(adapter)
-            return model
-
-    def _merge(self, adapter: str | None):
-        from peft import PeftModel
-
-        from labs_lib.serving.layers import MultiLoRALinear
-
-        base = self._model
-        if isinstance(base, torch.nn.Module):
-            if any(isinstance(module, MultiLoRALinear) for module in base.modules()):
-                raise LabsError("This model serves: give the oracle a copy of its own.")
-            base = copy.deepcopy(base) if adapter is not None else base
-        else:
-            base = base()
-        if adapter is None:
-            return base.eval()
-        folder = self._folder_of(adapter)
-        if digest_of(folder) != adapter:
-            raise LabsError(f"The files of adapter {adapter[:12]} have changed since it was published.")
-        return PeftModel.from_pretrained(base, str(folder)).merge_and_unload().eval()
 
     # -- what came out -------------------------------------------------------------------------------------------
 

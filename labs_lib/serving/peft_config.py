@@ -4,7 +4,6 @@ The rules are those of peft 0.21 (tuners/tuners_utils.py and tuners/lora), key b
 its types are checked before use, and its regular expressions run in a process that can be stopped.
 """
 
-import contextlib
 import json
 import math
 import re
@@ -63,6 +62,10 @@ REFUSED = {
 }
 # Initialisations that leave the base weights alone; the others (pissa, olora, corda, loftq, lora_ga) change them.
 INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+_KEY = re.compile(
+    r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)"
+)
+_PART = {"lora_A.weight": "A", "lora_B.weight": "B"}  # the magnitude vector is "m"
 REGEX_SECONDS = 2  # of processor time, for all regular expressions of one adapter
 _SIMPLE = re.compile(r"(?:[\w^$.-]|\\\.)*")  # patterns that cannot be slow: names, dots, anchors
 
@@ -212,6 +215,17 @@ def scales(config: dict, names: Sequence[str]) -> dict[str, Scale]:
     return plan
 
 
+def part_of(key: str) -> tuple[str, str]:
+    """The layer that a tensor's name means, and the part: A, B or, for DoRA's magnitudes, m."""
+    match = _KEY.fullmatch(key)
+    if match is None or match[1].rpartition(".")[2] in ("lm_head", "embed_tokens"):
+        raise Refused(
+            f"This adapter holds {show(key)}, which is no LoRA factor of a linear layer inside the model; embeddings, "
+            f"the output head and whole modules are not served: {MERGE}."
+        )
+    return match[1], _PART.get(match[2], "m")
+
+
 def show(value: object) -> str:
     """A value of a stranger's file for a message: quoted, on one line, short."""
     text = repr(value)
@@ -261,11 +275,10 @@ patterns, names = json.load(sys.stdin)
 try:
     print(json.dumps([[bool(getattr(re, how)(each, name)) for name in names] for how, each in patterns]))
 except Exception as error:
-    print(json.dumps(str(error)))
+    print(json.dumps(f"{type(error).__name__}: {error}"))
 """
 
 
-@lru_cache(maxsize=64)
 def _match(patterns: tuple[tuple[str, str], ...], names: tuple[str, ...]) -> list[set[str]]:
     """Which names each (function of `re`, pattern) matches.
 
@@ -277,24 +290,31 @@ def _match(patterns: tuple[tuple[str, str], ...], names: tuple[str, ...]) -> lis
     if len(patterns) * len(names) <= 50_000 and all(_SIMPLE.fullmatch(_inner(each)) for _, each in patterns):
         found = [[bool(getattr(re, how)(each, name)) for name in names] for how, each in patterns]
     else:
-        found = None
-        with contextlib.suppress(subprocess.SubprocessError, ValueError):
-            done = subprocess.run(
-                [sys.executable, "-I", "-S", "-c", _CHILD, str(REGEX_SECONDS)],
-                input=json.dumps([patterns, names]),
-                capture_output=True,
-                text=True,
-                timeout=20 * REGEX_SECONDS,
-                check=True,
-            )
-            found = json.loads(done.stdout)
-        if not isinstance(found, list):
-            reason = found or f"they take more than {REGEX_SECONDS} s"
-            raise Refused(
-                f"The regular expressions in adapter_config.json cannot be used ({show(reason)}): "
-                "write target_modules, rank_pattern and alpha_pattern with plain names."
-            )
+        found = _match_outside(patterns, names)
+    if isinstance(found, str):
+        raise Refused(
+            f"The regular expressions in adapter_config.json cannot be used ({show(found)}): write target_modules, "
+            "rank_pattern and alpha_pattern with plain names."
+        )
     return [{name for name, yes in zip(names, row, strict=True) if yes} for row in found]
+
+
+@lru_cache(maxsize=64)
+def _match_outside(patterns: tuple[tuple[str, str], ...], names: tuple[str, ...]) -> list[list[bool]] | str:
+    """A row of yes and no for each pattern, or why there is none."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _CHILD, str(REGEX_SECONDS)],
+            input=json.dumps([patterns, names]),
+            capture_output=True,
+            text=True,
+            timeout=30 * REGEX_SECONDS,  # of the clock, on a machine however busy
+        )
+    except (OSError, subprocess.SubprocessError) as error:  # the machine's fault, so not remembered
+        raise Refused(
+            "This machine is too busy to check the adapter's regular expressions: try again."
+        ) from error
+    return json.loads(done.stdout or "null") or f"they take more than {REGEX_SECONDS} s"
 
 
 def _inner(pattern: str) -> str:

@@ -136,7 +136,7 @@ def replay(
     def due() -> bool:
         if outstanding is not None:
             return running < outstanding
-        return at is None or at[todo[0][0]] <= clock() - begin
+        return at is None or begin + at[todo[0][0]] <= clock()
 
     while todo or running:
         while todo and due():

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 DRAIN_SECONDS = 30
 STALL_SECONDS = 60
+MAX_CONNECTIONS = 1024  # one more gets 503; each may hold a body of MAX_BODY bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,10 +140,12 @@ def is_loopback(host: str) -> bool:
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; LabsError, with what to do, if the address cannot be had."""
+    if not 0 <= port < 1 << 16:  # getaddrinfo would take it modulo 65536
+        raise LabsError(f"There is no port {port}: --port takes 0 (any free one) to 65535.")
     try:
         family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise LabsError(
             f"{host}:{port} is no address to listen on ({error}): see --host and --port."
         ) from error
@@ -153,9 +156,9 @@ def listen(host: str, port: int) -> socket.socket:
         listener.bind(where)
         listener.listen(128)
         return listener
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         listener.close()
-        if getattr(error, "errno", None) == errno.EADDRINUSE:
+        if error.errno == errno.EADDRINUSE:
             raise LabsError(
                 f"Port {port} is taken: choose another with --port, take any free one with --port 0, or stop what "
                 f"listens there (`ss -ltnp 'sport = :{port}'` tells)."
@@ -185,6 +188,7 @@ def make_server(app: "FastAPI", log_level: str = "warning"):
         access_log=False,
         lifespan="off",
         timeout_graceful_shutdown=DRAIN_SECONDS,
+        limit_concurrency=MAX_CONNECTIONS,
         server_header=False,
     )
     return Server(config)

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from labs_lib.serving.batch import Index
 
-RANKS_TIMES_BLOCK = 2048  # numbers of A or B that a program holds: what a small GPU (T4) has shared memory for
+RANKS_TIMES_BLOCK = (
+    2048  # numbers of A or B that a program holds: what a small GPU (T4) has shared memory for
+)
 PROGRAMS = 128  # about as many as a large GPU has processors: below this, split the shrink
 
 

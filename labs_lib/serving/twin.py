@@ -248,6 +248,10 @@ class VirtualClock:
     def advance(self, seconds: float) -> None:
         self.now += seconds
 
+    def reach(self, time: float) -> None:
+        """Exactly then, or now if that is past: adding a difference could fall short by a rounding error."""
+        self.now = max(self.now, time)
+
 
 class CostExecutor:
     """Takes the time that the passes would take, and gives tokens that mean nothing."""
@@ -336,7 +340,7 @@ class Twin(Engine):
         until = min(until, self.tiers.loader.next)
         if until == math.inf:
             raise LabsError("The simulation is stuck: requests wait and nothing will ever happen.")
-        self.clock.advance(max(0.0, until - now))
+        self.clock.reach(until)
 
 
 def twin(
@@ -424,9 +428,9 @@ def simulate(
 COMPARED = ("tokens_per_s", "ttft_p50", "ttft_p99", "tpot_p50", "itl_p50", "hits", "moved", "loads")
 
 
-def errors(measured: Run, predicted: Run) -> dict[str, dict[str, float | None]]:
+def errors(measured: Run, predicted: Run, *slo: float) -> dict[str, dict[str, float | None]]:
     """Measured and predicted numbers of the same trace, with the prediction's error in percent of the measured."""
-    ours, theirs = predicted.summary(), measured.summary()
+    ours, theirs = predicted.summary(*slo), measured.summary(*slo)
     table = {}
     for name in COMPARED:
         real, guess = theirs[name], ours[name]
@@ -454,7 +458,9 @@ def working_set(
     rows = []
     for adapters in sizes:
         trace = make(adapters)
-        run = simulate(trace, costs, layout, warm=trace, slots=slots, **settings).run
+        run = simulate(
+            trace, costs, layout, warm=trace, **({"queue_limit": 1 << 20, "slots": slots} | settings)
+        ).run
         rows.append({"adapters": adapters, "per_slot": round(adapters / slots, 3), **run.summary()})
     return rows
 

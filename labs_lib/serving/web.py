@@ -85,8 +85,8 @@ def invalid(error: RequestValidationError) -> ApiError:
         )
     if first["type"] == "missing":
         return ApiError(400, f"You must provide {where}.", code="missing_required_parameter", param=name)
-    if name in NOT_SUPPORTED:
-        message = f"This server does not support {name!r} with this value: leave it out."
+    if asked := [part for part in place if part in NOT_SUPPORTED]:
+        message = f"This server does not support {asked[0]!r} with this value: leave it out."
         return ApiError(400, message, code="unsupported_value", param=name)
     return ApiError(400, f"Invalid value for {where}: {first['msg']}.", code="invalid_value", param=name)
 
@@ -177,7 +177,7 @@ class EventStream(Response):
 class Guard:
     """Around the whole app: gives each request an id, reads its body up to a limit, answers what nobody else caught."""
 
-    def __init__(self, app, max_body: int, body_seconds: float = 30.0) -> None:
+    def __init__(self, app, max_body: int, body_seconds: float) -> None:
         self.app, self.max_body, self.body_seconds = app, max_body, body_seconds
 
     async def __call__(self, scope, receive, send) -> None:

@@ -153,6 +153,7 @@ def fit(
 def _watch(steps: int, progress: bool) -> "TrainerCallback":
     """A callback that keeps the loss of every step, shows one progress line, and stops at a loss that is not finite."""
     import math
+    import sys
 
     from tqdm.std import tqdm  # not tqdm.auto: its widgets do not survive in a stored notebook
     from transformers import TrainerCallback
@@ -169,6 +170,7 @@ def _watch(steps: int, progress: bool) -> "TrainerCallback":
                 unit="step",
                 ncols=80,
                 mininterval=0.5,
+                file=sys.stdout if "ipykernel" in sys.modules else sys.stderr,  # Jupyter paints stderr red
             )
 
         def on_log(self, args, state, control, logs=None, **kwargs):

@@ -102,7 +102,8 @@ def test_random_traffic_under_forced_tiny_pools(
             while todo and todo[0][3] <= step:
                 name, prompt, tokens, _ = todo.pop(0)
                 id = engine.submit(
-                    request(zoo, name, prompt, tokens), on_end=lambda result: ended.__setitem__(result.id, result)
+                    request(zoo, name, prompt, tokens),
+                    on_end=lambda result: ended.__setitem__(result.id, result),
                 )
                 wanted[id] = name, prompt, tokens
             if step == unload_at:
@@ -125,7 +126,9 @@ def test_random_traffic_under_forced_tiny_pools(
 def test_nothing_is_left_behind(zoo, policy):
     """When all is over and unloaded, every page is free and zero: no tenant's weights or keys can be read again."""
     with serving(zoo, policy=policy, prefix_cache=False) as engine:
-        engine.generate([request(zoo, name, prompt, 5) for name, prompt in zip(NAMES, prompts(8), strict=True)])
+        engine.generate(
+            [request(zoo, name, prompt, 5) for name, prompt in zip(NAMES, prompts(8), strict=True)]
+        )
         for slot in engine.pool.resident:
             engine.unload(slot.adapter)
         assert engine.pool.adapters.data.count_nonzero() == 0
@@ -135,7 +138,9 @@ def test_nothing_is_left_behind(zoo, policy):
 
 def test_page_zero_stays_zero(zoo):
     with serving(zoo, policy="unified", slots=2, kv_tokens=128) as engine:
-        engine.generate([request(zoo, name, prompt, 5) for name, prompt in zip(NAMES, prompts(8), strict=True)])
+        engine.generate(
+            [request(zoo, name, prompt, 5) for name, prompt in zip(NAMES, prompts(8), strict=True)]
+        )
         assert engine.pool.kv.data[0].count_nonzero() == 0
 
 
@@ -145,7 +150,9 @@ def test_the_prefix_cache_saves_work_and_changes_nothing(zoo):
         for name in ("plain", "attention", "plain", "base", "base"):
             (result,) = engine.generate([request(zoo, name, prompt, 6)])
             assert result.tokens == zoo.truth(name, prompt, 6), name
-        assert engine.kv.hits == 2 * 48  # the second "plain" and the second "base": three full pages of 16 each
+        assert (
+            engine.kv.hits == 2 * 48
+        )  # the second "plain" and the second "base": three full pages of 16 each
 
 
 def test_sampling_depends_on_the_seed_and_not_on_the_neighbours(zoo):

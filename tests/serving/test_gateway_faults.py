@@ -130,6 +130,15 @@ def test_a_huge_body_is_refused_and_not_kept(house):
     fine(house)
 
 
+def test_a_body_that_never_comes_is_not_waited_for(house):
+    with house.with_app(body_seconds=0.2):
+        connection = raw(house, "POST /v1/completions HTTP/1.1", b'{"model"', length=100)
+        connection.settimeout(60)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")
+        connection.close()
+        fine(house)
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -9,7 +9,7 @@ import torch
 from labs_lib.errors import LabsError
 from labs_lib.serving.canary import Canary, CanaryProbe, audit
 from labs_lib.serving.engine import Engine
-from labs_lib.serving.oracle import ShadowOracle
+from labs_lib.serving.oracle import ShadowOracle, Witness
 from labs_lib.serving.types import IsolationError, Provenance, Request, Result, Timing
 
 from .conftest import CONFIGS, small_model
@@ -22,8 +22,12 @@ def request(zoo, name: str, prompt=PROMPT, tokens: int = 8, **more) -> Request:
     return Request(list(prompt), tenant=name, adapter=zoo.shas.get(name), max_tokens=tokens, **more)
 
 
-def oracle_of(zoo, share: float = 1.0, **more) -> ShadowOracle:
-    return ShadowOracle(small_model(), zoo.folder_of, share, **more)
+def witness_of(zoo, copies: int = 2) -> Witness:
+    return Witness(small_model(), zoo.folder_of, copies)
+
+
+def oracle_of(zoo, share: float = 1.0, copies: int = 2, **more) -> ShadowOracle:
+    return ShadowOracle(witness_of(zoo, copies), share, **more)
 
 
 def result_of(zoo, name: str, tokens: list[int], finish: str = "length", id: int = 1, **more) -> Result:
@@ -48,19 +52,19 @@ def engine(zoo):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_oracle_answers_as_the_merged_model_does(zoo, name):
+def test_the_witness_answers_as_the_merged_model_does(zoo, name):
     """The truth in conftest is computed another way again: a fresh base per adapter, the whole prompt each time."""
-    oracle = oracle_of(zoo)
-    assert oracle.answer(zoo.shas.get(name), PROMPT, 8) == zoo.truth(name, PROMPT, 8)
-    assert oracle.judge(result_of(zoo, name, zoo.truth(name, PROMPT, 8))) is None
+    witness = witness_of(zoo)
+    assert witness.answer(zoo.shas.get(name), PROMPT, 8) == zoo.truth(name, PROMPT, 8)
+    assert witness.judge(result_of(zoo, name, zoo.truth(name, PROMPT, 8))) is None
     for other in NAMES:
-        assert oracle.agrees(zoo.shas.get(name), PROMPT, zoo.truth(other, PROMPT, 8)) == (name == other)
+        assert witness.agrees(zoo.shas.get(name), PROMPT, zoo.truth(other, PROMPT, 8)) == (name == other)
 
 
 def test_a_wrong_token_is_found_where_it_is(zoo):
     tokens = zoo.truth("plain", PROMPT, 8)
     wrong = [*tokens[:3], (tokens[3] + 1) % 90, *tokens[4:]]
-    difference = oracle_of(zoo).judge(result_of(zoo, "plain", wrong))
+    difference = witness_of(zoo).judge(result_of(zoo, "plain", wrong))
     assert (difference.position, difference.got, difference.expected) == (3, wrong[3], tokens[3])
     assert difference.gap > 1e-4
     assert (difference.slot, difference.generation) == (1, 3)
@@ -106,32 +110,32 @@ def test_an_early_stop_is_judged_too(zoo):
     wrong = result_of(zoo, "plain", tokens[:at], "stop", stop_ids=((tokens[at] + 1) % 90,))
     nothing = result_of(zoo, "plain", [], "stop", stop_ids=((tokens[0] + 1) % 90,))
     oracle = oracle_of(zoo)
-    assert oracle.judge(right) is None
-    assert (oracle.judge(wrong).position, oracle.judge(wrong).got) == (at, None)
+    assert oracle.witness.judge(right) is None
+    assert (oracle.witness.judge(wrong).position, oracle.witness.judge(wrong).got) == (at, None)
     oracle(nothing)
     oracle.judge_waiting()
     assert oracle.mismatches[0].position == 0
 
 
 def test_merged_copies_are_bounded_and_the_least_used_goes(zoo):
-    oracle = oracle_of(zoo, copies=2)
+    witness = witness_of(zoo, copies=2)
     for name in ("plain", "dora", "plain", "rslora"):
-        oracle.merged(zoo.shas[name])
-    assert list(oracle._merged) == [zoo.shas["plain"], zoo.shas["rslora"]]
+        witness.merged(zoo.shas[name])
+    assert list(witness._merged) == [zoo.shas["plain"], zoo.shas["rslora"]]
 
 
 def test_a_loader_instead_of_a_model(zoo):
-    oracle = ShadowOracle(small_model, zoo.folder_of, 1.0)
-    assert oracle.answer(zoo.shas["plain"], PROMPT, 3) == zoo.truth("plain", PROMPT, 3)
+    witness = Witness(small_model, zoo.folder_of)
+    assert witness.answer(zoo.shas["plain"], PROMPT, 3) == zoo.truth("plain", PROMPT, 3)
 
 
-def test_the_serving_model_cannot_be_its_own_oracle(zoo, engine):
+def test_the_serving_model_cannot_be_its_own_witness(zoo, engine):
     with pytest.raises(LabsError, match="copy of its own"):
-        ShadowOracle(engine.model, zoo.folder_of).merged(None)
+        Witness(engine.model, zoo.folder_of).merged(None)
 
 
 def test_an_adapter_that_cannot_be_loaded_is_unjudged_and_ends_nothing(zoo, tmp_path):
-    oracle = ShadowOracle(small_model(), lambda sha: tmp_path, 1.0)
+    oracle = ShadowOracle(Witness(small_model(), lambda sha: tmp_path), 1.0)
     oracle(result_of(zoo, "plain", [1, 2]))
     oracle(result_of(zoo, "base", zoo.truth("base", PROMPT, 4)))
     oracle.judge_waiting()
@@ -141,7 +145,7 @@ def test_an_adapter_that_cannot_be_loaded_is_unjudged_and_ends_nothing(zoo, tmp_
 
 
 def test_files_that_changed_are_no_witness(zoo):
-    oracle = ShadowOracle(small_model(), lambda sha: zoo.folders["dora"], 1.0)
+    oracle = ShadowOracle(Witness(small_model(), lambda sha: zoo.folders["dora"]), 1.0)
     oracle(result_of(zoo, "plain", [1, 2]))
     oracle.judge_waiting()
     assert "changed" in oracle.failures[0][1]
@@ -225,9 +229,9 @@ def test_a_mismatch_is_told_at_once(zoo):
 
 @pytest.fixture(scope="module")
 def canaries(zoo):
-    oracle = oracle_of(zoo, copies=8)
+    witness = witness_of(zoo, copies=8)
     everyone = [zoo.shas.get(name) for name in NAMES]
-    return [Canary.of(oracle, name, zoo.shas.get(name), PROMPT, 8, everyone) for name in NAMES]
+    return [Canary.of(witness, name, zoo.shas.get(name), PROMPT, 8, everyone) for name in NAMES]
 
 
 @pytest.mark.parametrize("threaded", [False, True])
@@ -279,7 +283,7 @@ def test_a_canary_that_fails_is_neither_leak_nor_proof(zoo, engine):
 
 def test_a_canary_that_cannot_tell_is_refused(zoo):
     with pytest.raises(LabsError, match="another prompt"):
-        Canary.of(oracle_of(zoo), "t", zoo.shas["attention"], PROMPT, count=0)
+        Canary.of(witness_of(zoo), "t", zoo.shas["attention"], PROMPT, count=0)
 
 
 def test_a_probe_without_canaries_is_refused(engine):

@@ -1,0 +1,678 @@
+"""`labs bench serving`: the engine against other ways to serve many adapters, outputs verified before time is taken.
+
+All arms play the same traces in one process, in turns, each time in another order; ratios are taken within a turn, so
+that what slows the machine for a while slows both sides. What the first play of an arm costs (allocation, reading
+adapters) is played before and not counted.
+"""
+
+import argparse
+import copy
+import gc
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from labs_lib.errors import LabsError
+
+SECTIONS = ("decode", "throughput", "scale", "latency", "profile", "twin")
+OPS = ("gather", "tiles", "blocks", "segments", "grouped", "sgmv", "loop")
+PROMPT = 32  # tokens of each prompt in the decode section
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured. `requests` per trace; `rounds` x `steps` decode steps; a ratio has one value per repeat."""
+
+    model: str = "small"
+    adapters: int = 50
+    many: int = 1000
+    rank: int = 8
+    batch: int = 32
+    slots: int = 32
+    repeats: int = 3
+    rounds: int = 25
+    steps: int = 5
+    requests: int = 256
+    exponent: float = 1.0  # of Zipf's law: adapter k is asked for in proportion to k ** -exponent
+    load: float = 0.7  # of the engine's measured throughput: how fast requests come in the latency section
+    slo: tuple[float, float] = (0.2, 0.05)  # seconds: to the first token, and for each one after
+    op: str = "auto"
+    policy: str = "separate"
+    device: str = "cpu"
+    dtype: str = "float32"
+    seed: int = 0
+    sections: tuple[str, ...] = SECTIONS
+
+    @property
+    def engine(self) -> str:
+        """The name of the engine's arm."""
+        return "engine" if self.op == "auto" else f"engine:{self.op}"
+
+    @classmethod
+    def quick(cls, **changes) -> "Plan":
+        """Small enough to look at in a minute; too small to publish."""
+        return cls(**({"many": 200, "rounds": 9, "requests": 64} | changes))
+
+
+@dataclass
+class Bench:
+    """A plan with its model and adapters; each section returns rows for the record."""
+
+    plan: Plan
+    model: object
+    folders: dict[str, Path]  # of `many` adapters; the first `adapters` of them are the usual ones
+
+    def setup(self, adapters: int | None = None, **changes):
+        from labs_lib.serving.arms import Setup
+
+        plan = self.plan
+        chosen = dict(list(self.folders.items())[: adapters or plan.adapters])
+        settings = {"batch": plan.batch, "slots": plan.slots, "rank": plan.rank, "policy": plan.policy}
+        settings["kv_tokens"] = 256 * plan.batch
+        return Setup(self.model, chosen, **(settings | changes))
+
+    @property
+    def shas(self) -> list[str]:
+        return list(self.folders)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.model.get_input_embeddings().num_embeddings
+
+    def trace(self, popularity: np.ndarray, seed: int, count: int | None = None, rate: float | None = None):
+        from labs_lib.serving import workload
+
+        count = count or self.plan.requests
+        if rate is None:
+            return workload.closed(count, popularity, seed=seed)
+        return workload.poisson(rate, count, popularity, seed=seed)
+
+    def play(self, name: str, engine, trace, open_loop: bool = False):
+        """One replay; closed loops have two full batches under way."""
+        from labs_lib.serving.replay import replay
+
+        trace = trace.base_only() if name == "base" else trace
+        requests = trace.requests(self.shas, self.vocabulary)
+        at = [arrival.at for arrival in trace]
+        with _no_collection():
+            return replay(engine, requests, at, outstanding=None if open_loop else 2 * self.plan.batch)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Garbage is collected before, not while time is taken."""
+    gc.collect()
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@contextmanager
+def engines(names: Sequence[str], setup) -> Iterator[dict]:
+    from labs_lib.serving.arms import build
+
+    built = {}
+    try:
+        for name in names:
+            built[name] = build(name, setup)
+        yield built
+    finally:
+        for engine in built.values():
+            engine.close()
+
+
+def _right(name: str, verdict) -> None:
+    if not verdict.right:
+        raise LabsError(f"The arm {name!r} gives wrong answers ({verdict}): there is nothing to time.")
+
+
+def _turns(names: Sequence[str], repeats: int) -> Iterator[tuple[int, str]]:
+    """Each arm once per repeat, every other repeat in the reverse order."""
+    for repeat in range(repeats):
+        for name in names if repeat % 2 == 0 else reversed(names):
+            yield repeat, name
+
+
+def _ratio(values: Sequence[float], of: Sequence[float], statistic: str = "mean") -> dict[str, float]:
+    """Paired ratios values[i] / of[i] with their 95 % interval: the median, or the geometric mean of a few."""
+    from labs_lib.measure.stats import bootstrap_ci, mean_ci
+
+    ratios = np.array(values) / np.array(of)
+    if statistic == "median":
+        estimate = bootstrap_ci(ratios, np.median)
+        found = estimate.value, estimate.lo, estimate.hi
+    else:  # of logarithms, so that twice as fast and half as fast weigh the same, and no end is below zero
+        estimate = mean_ci(np.log(ratios))
+        found = tuple(np.exp([estimate.value, estimate.lo, estimate.hi]))
+    return {name: round(float(value), 4) for name, value in zip(("ratio", "lo", "hi"), found, strict=True)}
+
+
+def _against(row: dict, name: str, ratio: dict[str, float]) -> dict:
+    return row | {f"{name}{'' if key == 'ratio' else '_' + key}": value for key, value in ratio.items()}
+
+
+# -- decode steps -------------------------------------------------------------------------------------------------
+
+
+def able_ops(bench: Bench) -> list[str]:
+    """Ops that can run here: `blocks` needs slots side by side, `sgmv` a GPU, `grouped` a new torch."""
+    from torch.nn import functional as F
+
+    able = [op for op in OPS if op not in ("blocks", "sgmv", "grouped")]
+    if bench.plan.policy == "separate":
+        able.append("blocks")
+    if bench.plan.device != "cpu":
+        able.append("sgmv")
+    if hasattr(F, "grouped_mm"):
+        able.append("grouped")
+    return able
+
+
+class Decoding:
+    """A full batch of rows with an adapter each, all past their prompts, for as many steps as asked for."""
+
+    def __init__(self, name: str, engine, bench: Bench, steps: int) -> None:
+        from labs_lib.serving.types import Request
+
+        plan, rng = bench.plan, np.random.default_rng(bench.plan.seed)
+        self.engine, self.results = engine, []
+        shas = [None if name == "base" else sha for sha in bench.shas[: plan.batch]]
+        engine.generate([Request([3], "warm-up", sha, max_tokens=1) for sha in shas])  # all on the device now
+        for k, sha in enumerate(shas):
+            prompt = rng.integers(3, bench.vocabulary, PROMPT).tolist()
+            request = Request(prompt, f"tenant-{k}", sha, max_tokens=steps + 8, ignore_eos=True)
+            engine.submit(request, on_end=self.results.append)
+        while len(engine.running) < plan.batch:
+            engine.step()
+            if self.results:
+                raise LabsError(f"The arm {name!r} could not serve its batch: {self.results[0].error}")
+
+    def finish(self) -> list:
+        """End the requests and return their results."""
+        for sequence in list(self.engine.running):
+            self.engine.abort(sequence.id)
+        while self.engine.running:
+            self.engine.step()
+        return self.results
+
+
+def decode(bench: Bench, oracle) -> list[dict]:
+    """Time of a decode step at a full batch of distinct adapters."""
+    plan = bench.plan
+    names = ["base", plan.engine, *(f"engine:{op}" for op in able_ops(bench)), "peft_mixed", "merged"]
+    names = list(dict.fromkeys(names))
+    warm = 5
+    total = warm + plan.rounds * plan.steps
+    setup = bench.setup(plan.batch, slots=plan.batch, kv_tokens=plan.batch * (total + 64))
+    times: dict[str, list[float]] = {name: [] for name in names}
+    with engines(names, setup) as built:
+        for name, engine in built.items():
+            short = Decoding(name, engine, bench, 8)
+            for _ in range(4):
+                engine.step()
+            _right(name, oracle.verify(short.finish()))
+        ready = {name: Decoding(name, engine, bench, total) for name, engine in built.items()}
+        for name, _ in [(name, i) for name in names for i in range(warm)]:
+            built[name].step()
+        with _no_collection():
+            for _, name in _turns(names, plan.rounds):
+                step = built[name].step
+                started = time.perf_counter()
+                for _ in range(plan.steps):
+                    step()
+                times[name].append((time.perf_counter() - started) / plan.steps)
+        for name, each in ready.items():
+            _right(name, oracle.verify(each.finish()))
+    rows = []
+    for name in names:
+        row = {"section": "decode", "arm": name, "ms": round(1e3 * float(np.median(times[name])), 4)}
+        row = _against(row, "of_base", _ratio(times["base"], times[name], "median"))
+        row = _against(row, "of_peft", _ratio(times["peft_mixed"], times[name], "median"))
+        rows.append(row | {"batch": plan.batch, "distinct": plan.batch, "rounds": plan.rounds})
+    return rows
+
+
+# -- whole traces -------------------------------------------------------------------------------------------------
+
+
+def compare(
+    bench: Bench,
+    oracle,
+    section: str,
+    arms: Mapping[str, tuple[str, object, Callable[[int], object]]],
+    against: Sequence[str],
+    *,
+    open_loop: bool = False,
+    sample: int | None = None,
+) -> tuple[list[dict], dict[str, list]]:
+    """Play traces on arms in turns.
+
+    Args:
+        arms: label: (name of the arm, its setup, trace by seed).
+        against: labels whose throughput the others' is divided by.
+        sample: verify the answers of so many adapters only.
+
+    Returns rows, one per arm, numbers being means over the repeats; and the runs by label.
+    """
+    from contextlib import ExitStack
+
+    plan = bench.plan
+    runs: dict[str, list] = {label: [] for label in arms}
+    with ExitStack() as stack:
+        built = {
+            label: stack.enter_context(engines([name], setup))[name]
+            for label, (name, setup, _) in arms.items()
+        }
+        for label, (name, _, trace) in arms.items():  # warm-up, and the proof that the arm is right
+            run = bench.play(name, built[label], trace(plan.seed + 1000))
+            _right(label, oracle.verify(run.results, sample))
+        for repeat, label in _turns(list(arms), plan.repeats):
+            name, _, trace = arms[label]
+            run = bench.play(name, built[label], trace(plan.seed + repeat), open_loop)
+            runs[label].append(run)
+            _say(f"{section}: {label}, {run.throughput:,.0f} tokens/s")
+        for label, done in runs.items():
+            _right(label, oracle.verify([result for run in done for result in run.results], sample))
+    rows = []
+    for label, done in runs.items():
+        summaries = [run.summary(*plan.slo) for run in done]
+        row = {"section": section, "arm": label, "repeats": len(done)} | _mean(summaries)
+        for other in against:
+            values, base = ([run.throughput for run in runs[each]] for each in (label, other))
+            row = _against(row, f"of_{other}", _ratio(values, base))
+        rows.append(row)
+    return rows, runs
+
+
+def _mean(summaries: Sequence[dict]) -> dict:
+    return {
+        key: None
+        if any(summary[key] is None for summary in summaries)
+        else round(float(np.mean([summary[key] for summary in summaries])), 3)
+        for key in summaries[0]
+    }
+
+
+def throughput(bench: Bench, oracle) -> list[dict]:
+    """Tokens per second with as many requests waiting as fit twice, uniform and Zipf."""
+    from labs_lib.serving.workload import uniform, zipf
+
+    plan, rows = bench.plan, []
+    patterns = {"uniform": uniform(plan.adapters), "zipf": zipf(plan.adapters, plan.exponent)}
+    for pattern, popularity in patterns.items():
+        names = ["base", plan.engine, "peft_mixed", "peft_switch", "merged"]
+        arms = {
+            name: (name, bench.setup(), lambda seed, p=popularity: bench.trace(p, seed)) for name in names
+        }
+        more, _ = compare(bench, oracle, f"throughput {pattern}", arms, ("base", "peft_mixed"))
+        rows += [
+            row | {"section": "throughput", "pattern": pattern, "adapters": plan.adapters} for row in more
+        ]
+    return rows
+
+
+def scale(bench: Bench, oracle) -> list[dict]:
+    """The same arrivals and lengths for few and for many registered adapters, with the same pool."""
+    from labs_lib.serving.workload import zipf
+
+    plan = bench.plan
+    popularity = {count: zipf(count, plan.exponent) for count in (plan.adapters, plan.many)}
+    arms = {
+        str(count): (
+            plan.engine,
+            bench.setup(count),
+            lambda seed, p=shares: bench.trace(p, seed, 2 * plan.requests),
+        )
+        for count, shares in popularity.items()
+    }
+    rows, _ = compare(bench, oracle, "scale", arms, (str(plan.adapters),), sample=64)
+    return [
+        row | {"adapters": int(row["arm"]), "slots": plan.slots, "exponent": plan.exponent} for row in rows
+    ]
+
+
+def latency(bench: Bench, oracle, rate: float) -> list[dict]:
+    """Open loop: requests come at `rate` a second, whether or not the arm keeps up."""
+    from labs_lib.serving.workload import zipf
+
+    plan = bench.plan
+    popularity = zipf(plan.adapters, plan.exponent)
+    arms = {
+        name: (name, bench.setup(), lambda seed: bench.trace(popularity, seed, 2 * plan.requests, rate))
+        for name in ("base", plan.engine, "peft_mixed")
+    }
+    rows, _ = compare(bench, oracle, "latency", arms, (), open_loop=True)
+    limits = {"slo_ttft": plan.slo[0], "slo_tpot": plan.slo[1]}
+    return [row | {"rate": round(rate, 3), **limits} for row in rows]
+
+
+# -- where time goes, and the twin ----------------------------------------------------------------------------------
+
+
+def profile(bench: Bench) -> list[dict]:
+    """A decode step by kind of work, for the base and the engine; and what it has to do at least."""
+    from labs_lib.serving import profiler
+
+    plan, rows = bench.plan, []
+    seconds = 0.5 if plan.rounds < 10 else 2.0
+    setup = bench.setup(plan.batch, slots=plan.batch, kv_tokens=512 * plan.batch)
+    steps = 400 - PROMPT
+    with engines(["base", plan.engine], setup) as built:
+        for name, engine in built.items():
+            batch = Decoding(name, engine, bench, steps)
+            operations = profiler.operations(engine.step)
+            started, calls = time.perf_counter(), 0
+
+            def step(engine=engine, name=name):
+                nonlocal batch, calls
+                calls += 1
+                if not engine.running or engine.running[0].length > steps:
+                    batch.finish()
+                    batch = Decoding(name, engine, bench, steps)
+                engine.step()
+
+            for _ in range(20):
+                step()
+            started, calls = time.perf_counter(), 0
+            share = profiler.shares(step, seconds) if plan.device == "cpu" else {}
+            if not share:
+                for _ in range(50):
+                    step()
+            ms = 1e3 * (time.perf_counter() - started) / calls
+            batch.finish()
+            distinct = 0 if name == "base" else plan.batch
+            floor = profiler.floor(
+                engine.executor.model, engine.layout, plan.batch, plan.rank * bool(distinct), distinct, 200
+            )
+            rows.append(
+                {"section": "profile", "arm": name, "ms": round(ms, 4), "operations": operations}
+                | {f"ms: {kind}": round(ms * part, 4) for kind, part in share.items()}
+                | floor
+            )
+    return rows
+
+
+def predict(bench: Bench, oracle, rate: float) -> list[dict]:
+    """Fit the twin's costs to one run, predict others, and say how wrong it was; then ask it what was not measured."""
+    from labs_lib.serving import twin
+    from labs_lib.serving.workload import poisson, uniform, zipf
+
+    plan, few, many = bench.plan, bench.plan.adapters, bench.plan.many
+    settings = {"slots": plan.slots, "max_rank": plan.rank, "max_batch": plan.batch, "policy": plan.policy}
+    settings |= {"kv_tokens": 256 * plan.batch, "queue_limit": 1 << 20}
+    popularity = {few: zipf(few, plan.exponent), many: zipf(many, plan.exponent)}
+    rows, costs = [], {}
+    for name in ("base", plan.engine):
+        with engines([name], bench.setup(many)) as built:
+            engine = built[name]
+            bench.play(name, engine, bench.trace(popularity[many], plan.seed + 1000))
+            with twin.recording(engine) as log:
+                for seed in (2000, 2001):
+                    bench.play(name, engine, bench.trace(popularity[many], plan.seed + seed))
+                    bench.play(name, engine, bench.trace(popularity[few], plan.seed + seed, rate=rate), True)
+            costs[name] = log.fit()
+            layout = engine.layout
+    rows.append({"section": "twin", "what": "costs", **costs[plan.engine].to_dict()})
+    cases = {
+        f"{few} adapters, open loop": (few, bench.trace(popularity[few], plan.seed + 3000, rate=rate), True),
+        f"{many} adapters, closed loop": (many, bench.trace(popularity[many], plan.seed + 3001), False),
+    }
+    for what, (count, trace, open_loop) in cases.items():
+        warm = bench.trace(popularity[count], plan.seed + 1000)
+        with engines([plan.engine], bench.setup(count)) as built:
+            engine = built[plan.engine]
+            bench.play(plan.engine, engine, warm)
+            measured = bench.play(plan.engine, engine, trace, open_loop)
+            _right(plan.engine, oracle.verify(measured.results, 64))
+        outstanding = None if open_loop else 2 * plan.batch
+        guess = twin.simulate(
+            trace,
+            costs[plan.engine],
+            layout,
+            adapters=bench.shas,
+            warm=warm,
+            outstanding=outstanding,
+            vocabulary=bench.vocabulary,
+            pages=plan.rank,
+            **settings,
+        )
+        for key, numbers in twin.errors(measured, guess.run, *plan.slo).items():
+            rows.append({"section": "twin", "what": what, "key": key, **numbers})
+    # What nobody measured: at what number of equally busy adapters do the slots, and then host memory, run out?
+    started = time.perf_counter()
+    sizes = [plan.slots // 4, plan.slots // 2, plan.slots, 2 * plan.slots, 4 * plan.slots]
+    sizes += [16 * plan.slots, 64 * plan.slots] if plan.rounds > 9 else []
+    found = twin.working_set(
+        lambda n: poisson(0.9 * rate / plan.load, 4 * plan.requests, uniform(n), seed=plan.seed),
+        sizes,
+        costs[plan.engine],
+        layout,
+        vocabulary=bench.vocabulary,
+        pages=plan.rank,
+        **settings,
+    )
+    seconds = round(time.perf_counter() - started, 1)
+    rows += [{"section": "twin", "what": "working set", **row} for row in found]
+    edge = twin.cliff(found, key="ttft_p99", drop=0.5)
+    rows.append(
+        {
+            "section": "twin",
+            "what": "cliff",
+            "adapters": edge and edge["adapters"],
+            "per_slot": edge and edge["per_slot"],
+            "simulated_seconds": seconds,
+        }
+    )
+    merging = merge_seconds(bench)
+    answer = twin.merge_or_multiplex(costs[plan.engine], costs["base"], merging, rows=plan.batch)
+    rows.append(
+        {"section": "twin", "what": "merge or multiplex", "merge_ms": round(1e3 * merging, 3), **answer}
+    )
+    return rows
+
+
+def merge_seconds(bench: Bench) -> float:
+    """Seconds to merge one adapter into the weights and take it out again, by PEFT; the fastest of a few."""
+    from peft import PeftModel
+
+    peft = PeftModel.from_pretrained(copy.deepcopy(bench.model), bench.folders[bench.shas[0]])
+    found = []
+    for _ in range(5):
+        started = time.perf_counter()
+        peft.merge_adapter()
+        peft.unmerge_adapter()
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+# -- the whole ------------------------------------------------------------------------------------------------------
+
+
+def run(plan: Plan, folder: Path) -> list[dict]:
+    """All sections of a plan; adapters are written below `folder`. Rows for the record."""
+    from labs_lib.serving.arms import Oracle
+    from labs_lib.serving.workload import random_adapters, zipf
+
+    model = load(plan)
+    if unknown := set(plan.sections) - set(SECTIONS):
+        raise LabsError(f"There is no section {min(unknown)!r}; there are: {', '.join(SECTIONS)}.")
+    needs_many = {"scale", "twin"} & set(plan.sections)
+    count = max(plan.many if needs_many else 0, plan.adapters, plan.batch)
+    _say(f"writing {count} adapters of rank {plan.rank}")
+    bench = Bench(plan, model, random_adapters(model, count, folder, rank=plan.rank, seed=plan.seed))
+    oracle = Oracle(model, bench.folders)
+    rows = [tell_apart(bench, oracle)]
+    rate = None
+    for section in plan.sections:
+        _say(f"section {section}")
+        if section == "decode":
+            rows += decode(bench, oracle)
+        elif section == "throughput":
+            rows += throughput(bench, oracle)
+        elif section == "scale":
+            rows += scale(bench, oracle)
+        elif section == "profile":
+            rows += profile(bench)
+        else:
+            rate = rate or plan.load * capacity(bench, rows, zipf(plan.adapters, plan.exponent))
+            rows += latency(bench, oracle, rate) if section == "latency" else predict(bench, oracle, rate)
+    return rows
+
+
+def capacity(bench: Bench, rows: Sequence[dict], popularity: np.ndarray) -> float:
+    """Requests per second that the engine can take, from the throughput section or a run of its own."""
+    plan = bench.plan
+    for row in rows:
+        if row["section"] == "throughput" and row["arm"] == plan.engine and row["pattern"] == "zipf":
+            return row["requests_per_s"]
+    with engines([plan.engine], bench.setup()) as built:
+        for seed in (1000, 0):
+            done = bench.play(plan.engine, built[plan.engine], bench.trace(popularity, plan.seed + seed))
+    return len(done.answers) / done.seconds
+
+
+def tell_apart(bench: Bench, oracle) -> dict:
+    """Can the oracle fail? Each answer is held against the next tenant's model: it should refuse all of them."""
+    plan = bench.plan
+    with engines([plan.engine], bench.setup()) as built:
+        run = bench.play(plan.engine, built[plan.engine], bench.trace(np.full(8, 1 / 8), plan.seed, 32))
+    _right(plan.engine, oracle.verify(run.results))
+    refused = 0
+    for result in run.results:
+        other = bench.shas[(bench.shas.index(result.request.adapter) + 1) % plan.adapters]
+        refused += not oracle.verify([replace(result, request=replace(result.request, adapter=other))]).right
+    if refused < len(run.results) / 2:
+        raise LabsError(
+            "The adapters answer too much alike for the oracle to tell them apart: make them stronger."
+        )
+    return {"section": "oracle", "answers": len(run.results), "refused_for_another_tenant": refused}
+
+
+def load(plan: Plan):
+    """The model: a base by its name, or `random:HIDDENxLAYERS` for one of real size with random weights."""
+    import torch
+
+    from labs_lib.models.base import load_base
+
+    dtype = getattr(torch, plan.dtype)
+    if not plan.model.startswith("random:"):
+        return load_base(plan.model, dtype=dtype, device=plan.device)[0]
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    try:
+        hidden, layers = (int(word) for word in plan.model.removeprefix("random:").split("x"))
+    except ValueError:
+        raise LabsError(f"--model {plan.model}: write it as random:4096x32 (hidden size x layers).") from None
+    torch.manual_seed(plan.seed)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=-(-8 * hidden // 3 // 256) * 256,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, hidden // 128),
+        max_position_embeddings=2048,
+        dtype=dtype,
+    )
+    with torch.device(plan.device):
+        return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def _say(text: str) -> None:
+    print(f"  {text}", flush=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    plan = Plan()
+    parser.add_argument("what", choices=["serving"], help="what to measure")
+    parser.add_argument(
+        "--model",
+        default=plan.model,
+        help="a base, a folder, a hub id, or random:HIDDENxLAYERS (default: %(default)s)",
+    )
+    for name, told in {
+        "adapters": "adapters that share the engine",
+        "many": "adapters of the scale section",
+        "rank": "of each adapter, on all linear layers",
+        "batch": "rows that run together",
+        "slots": "adapters that fit on the device",
+        "repeats": "of each trace on each arm",
+        "requests": "of a trace",
+        "seed": "of adapters and traces",
+    }.items():
+        parser.add_argument(
+            f"--{name}", type=int, default=None, help=f"{told} (default: {getattr(plan, name)})"
+        )
+    parser.add_argument(
+        "--zipf",
+        type=float,
+        default=plan.exponent,
+        help="adapter k is asked for like k ** -this (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--op", default=plan.op, help="how the engine applies adapters (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--policy", choices=["separate", "unified"], default=plan.policy, help="memory of the pool"
+    )
+    parser.add_argument("--device", default=plan.device, help="default: %(default)s")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=plan.dtype)
+    parser.add_argument("--threads", type=int, default=None, help="of torch (default: torch's own choice)")
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas (default: all)")
+    parser.add_argument("--quick", action="store_true", help="a minute's look; nothing to publish")
+
+
+def main(args: argparse.Namespace) -> int:
+    import torch
+
+    from labs_lib.measure.records import Record, save_record
+    from labs_lib.serving import bench_report
+
+    given = {
+        name: getattr(args, name)
+        for name in ("adapters", "many", "rank", "batch", "slots", "repeats", "requests", "seed")
+        if getattr(args, name) is not None
+    }
+    given |= {"model": args.model, "exponent": args.zipf, "op": args.op, "policy": args.policy}
+    given |= {"device": args.device, "dtype": args.dtype, "sections": tuple(args.only.split(","))}
+    plan = Plan.quick(**given) if args.quick else Plan(**given)
+    if (
+        min(plan.adapters, plan.many, plan.rank, plan.batch, plan.slots, plan.requests) < 1
+        or plan.repeats < 1
+    ):
+        raise LabsError("All sizes must be at least 1.")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    before = _load_average()
+    with tempfile.TemporaryDirectory(prefix="labs-bench-") as folder:
+        rows = run(plan, Path(folder))
+    print(bench_report.tables(rows))
+    load = {"before": before, "after": _load_average()}
+    settings = {key: value for key, value in vars(plan).items() if key != "sections"}
+    record = Record(
+        "bench_serving",
+        rows,
+        note="every answer verified token by token against PEFT's merged models"
+        + (", quick" if args.quick else ""),
+        provenance={"settings": settings, "threads": torch.get_num_threads(), "load_average": load},
+    )
+    path = save_record(record, device=plan.device)
+    print(f"\nload average before {before}, after {load['after']}, {torch.get_num_threads()} threads")
+    print(f"recorded in {path}")
+    if drawn := bench_report.figure(rows, path.with_suffix(".png")):
+        print(f"drawn in {drawn}")
+    return 0
+
+
+def _load_average() -> float | None:
+    """Of the last minute: how busy the machine was, this process included."""
+    return None if platform.system() == "Windows" else round(os.getloadavg()[0], 2)
