@@ -513,7 +513,7 @@ def draw_forgetting():
     reference(ax, 100 * fmean(recall(base, tokenizer, known)), "base model")
     largest = [name for name in arms if name.startswith("LoRA")][-1]
     kept = {name: means[name][1] for name in (largest, "full fine-tuning")}
-    ax.set(xlim=(0, 122), ylim=(-6, 108))
+    ax.set(xlim=(0, 122), ylim=(-6, 108), xticks=range(0, 101, 20))
     title = "Old facts kept: " + ", ".join(f"{name} {share:.0f} %" for name, share in kept.items())
     finding(ax, title, "new facts recalled (%)", "old facts still recalled (%)")
     listed = "; ".join(f"{name} learns {x:.0f} and keeps {y:.0f} percent" for name, (x, y) in means.items())

@@ -24,7 +24,8 @@ from labs_lib.serving.scheduler import Queue
 from labs_lib.serving.tiers import HostAdapter
 from labs_lib.serving.types import Result
 
-TIE = 1e-3  # logits this close count as equal: merged and unmerged weights round differently in float32
+# Logits this close count as equal, because merged and unmerged weights round differently.
+TIES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.4}
 
 
 def share(model):
@@ -270,7 +271,7 @@ def build(name: str, setup: Setup) -> Engine:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How many tokens were compared; `ties` are other tokens whose logit was equal within `TIE`."""
+    """How many tokens were compared; `ties` are other tokens whose logit was equal within `TIES`."""
 
     requests: int
     tokens: int
@@ -294,6 +295,7 @@ class Oracle:
 
     def __init__(self, model, folders: Mapping[str, Path], keep: int = 64) -> None:
         self._base, self._folders, self._keep = model, folders, keep
+        self.tie = TIES[model.get_input_embeddings().weight.dtype]
         self._models: OrderedDict[str, object] = OrderedDict()
 
     def model(self, adapter: str | None):
@@ -330,8 +332,8 @@ class Oracle:
         for adapter, group in chosen.items():
             for result in group:
                 gaps = self.gaps(result, adapter)
-                wrong_here = int((gaps > TIE).sum())
+                wrong_here = int((gaps > self.tie).sum())
                 requests, tokens = requests + 1, tokens + len(gaps)
-                ties += int(((gaps > 0) & (gaps <= TIE)).sum())
+                ties += int(((gaps > 0) & (gaps <= self.tie)).sum())
                 wrong, bad = wrong + wrong_here, bad + bool(wrong_here)
         return Verdict(requests, tokens, ties, wrong, bad, failed)

@@ -170,7 +170,7 @@ class Index:
 
     @cached_property
     def table(self) -> torch.Tensor:
-        """(segments, R) pages of each segment, padded by 0 to a multiple of 8: grouped_mm wants rows of 16 bytes."""
+        """(segments, R) pages of each segment, padded by 0 to a multiple of 8: kernels read 16 bytes at a time."""
         padded = np.pad(self._table, ((0, 0), (0, -self.rank % 8)))
         return torch.from_numpy(padded).to(self.device)
 

@@ -23,6 +23,7 @@ from labs_lib.errors import LabsError
 
 SECTIONS = ("decode", "throughput", "scale", "latency", "profile", "twin")
 OPS = ("gather", "tiles", "blocks", "segments", "grouped", "sgmv", "loop")
+TIERS = ("hits", "moved", "loads", "evictions", "drops")
 PROMPT = 32  # tokens of each prompt in the decode section
 
 
@@ -37,8 +38,8 @@ class Plan:
     batch: int = 32
     slots: int = 32
     repeats: int = 3
-    rounds: int = 25
-    steps: int = 5
+    rounds: int = 15
+    steps: int = 3
     requests: int = 256
     exponent: float = 1.0  # of Zipf's law: adapter k is asked for in proportion to k ** -exponent
     load: float = 0.7  # of the engine's measured throughput: how fast requests come in the latency section
@@ -213,7 +214,7 @@ def decode(bench: Bench, oracle) -> list[dict]:
     names = ["base", plan.engine, *(f"engine:{op}" for op in able_ops(bench)), "peft_mixed", "merged"]
     names = list(dict.fromkeys(names))
     warm = 5
-    total = warm + plan.rounds * plan.steps
+    total = warm + plan.rounds * (plan.steps + 1)
     setup = bench.setup(plan.batch, slots=plan.batch, kv_tokens=plan.batch * (total + 64))
     times: dict[str, list[float]] = {name: [] for name in names}
     with engines(names, setup) as built:
@@ -228,6 +229,7 @@ def decode(bench: Bench, oracle) -> list[dict]:
         with _no_collection():
             for _, name in _turns(names, plan.rounds):
                 step = built[name].step
+                step()  # after another arm's turn the processor's caches hold the other arm's numbers
                 started = time.perf_counter()
                 for _ in range(plan.steps):
                     step()
@@ -239,7 +241,15 @@ def decode(bench: Bench, oracle) -> list[dict]:
         row = {"section": "decode", "arm": name, "ms": round(1e3 * float(np.median(times[name])), 4)}
         row = _against(row, "of_base", _ratio(times["base"], times[name], "median"))
         row = _against(row, "of_peft", _ratio(times["peft_mixed"], times[name], "median"))
-        rows.append(row | {"batch": plan.batch, "distinct": plan.batch, "rounds": plan.rounds})
+        rows.append(
+            row
+            | {
+                "batch": plan.batch,
+                "distinct": plan.batch,
+                "rounds": plan.rounds,
+                "past": PROMPT + total // 2,
+            }
+        )
     return rows
 
 
@@ -288,11 +298,32 @@ def compare(
     for label, done in runs.items():
         summaries = [run.summary(*plan.slo) for run in done]
         row = {"section": section, "arm": label, "repeats": len(done)} | _mean(summaries)
+        if arms[label][0].startswith("engine"):
+            row |= lora_work(bench, done)
+        else:  # the other arms hold all adapters all the time
+            row = {key: value for key, value in row.items() if key not in TIERS}
         for other in against:
             values, base = ([run.throughput for run in runs[each]] for each in (label, other))
             row = _against(row, f"of_{other}", _ratio(values, base))
         rows.append(row)
     return rows, runs
+
+
+def lora_work(bench: Bench, runs: Sequence) -> dict[str, float]:
+    """Per run: FLOPs of the adapters' products, bytes moved from host to device and read from disk."""
+    from labs_lib.serving.layout import Layout
+
+    layout = Layout.of(bench.model)
+    flops = 2 * bench.plan.rank * sum(spec.in_features + spec.out_features for spec in layout.linears)
+    page = layout.width * bench.model.get_input_embeddings().weight.element_size()
+    named = [result for run in runs for result in run.results if result.request.adapter is not None]
+    tokens = sum(len(result.request.prompt) + len(result.tokens) - 1 for result in named)
+    moved, loads = (sum(run.events[what] for run in runs) for what in ("device", "load"))
+    return {
+        "adapter_flops": round(flops * tokens / len(runs)),
+        "moved_bytes": round(moved * bench.plan.rank * page / len(runs)),
+        "loaded_bytes": round(loads * bench.plan.rank * page / len(runs)),
+    }
 
 
 def _mean(summaries: Sequence[dict]) -> dict:
@@ -367,7 +398,7 @@ def profile(bench: Bench) -> list[dict]:
     plan, rows = bench.plan, []
     seconds = 0.5 if plan.rounds < 10 else 2.0
     setup = bench.setup(plan.batch, slots=plan.batch, kv_tokens=512 * plan.batch)
-    steps = 400 - PROMPT
+    steps = min(400, bench.model.config.max_position_embeddings - 8) - PROMPT
     with engines(["base", plan.engine], setup) as built:
         for name, engine in built.items():
             batch = Decoding(name, engine, bench, steps)
@@ -393,7 +424,12 @@ def profile(bench: Bench) -> list[dict]:
             batch.finish()
             distinct = 0 if name == "base" else plan.batch
             floor = profiler.floor(
-                engine.executor.model, engine.layout, plan.batch, plan.rank * bool(distinct), distinct, 200
+                engine.executor.model,
+                engine.layout,
+                plan.batch,
+                plan.rank * bool(distinct),
+                distinct,
+                PROMPT + steps // 2,
             )
             rows.append(
                 {"section": "profile", "arm": name, "ms": round(ms, 4), "operations": operations}
@@ -451,8 +487,8 @@ def predict(bench: Bench, oracle, rate: float) -> list[dict]:
             rows.append({"section": "twin", "what": what, "key": key, **numbers})
     # What nobody measured: at what number of equally busy adapters do the slots, and then host memory, run out?
     started = time.perf_counter()
-    sizes = [plan.slots // 4, plan.slots // 2, plan.slots, 2 * plan.slots, 4 * plan.slots]
-    sizes += [16 * plan.slots, 64 * plan.slots] if plan.rounds > 9 else []
+    times = (0.25, 0.5, 1, 2, 4, 16, 64) if plan.rounds > 9 else (0.5, 1, 2, 4)
+    sizes = sorted({max(1, int(plan.slots * each)) for each in times})
     found = twin.working_set(
         lambda n: poisson(0.9 * rate / plan.load, 4 * plan.requests, uniform(n), seed=plan.seed),
         sizes,
@@ -502,7 +538,7 @@ def merge_seconds(bench: Bench) -> float:
 def run(plan: Plan, folder: Path) -> list[dict]:
     """All sections of a plan; adapters are written below `folder`. Rows for the record."""
     from labs_lib.serving.arms import Oracle
-    from labs_lib.serving.workload import random_adapters, zipf
+    from labs_lib.serving.workload import random_adapters
 
     model = load(plan)
     if unknown := set(plan.sections) - set(SECTIONS):
@@ -512,6 +548,18 @@ def run(plan: Plan, folder: Path) -> list[dict]:
     _say(f"writing {count} adapters of rank {plan.rank}")
     bench = Bench(plan, model, random_adapters(model, count, folder, rank=plan.rank, seed=plan.seed))
     oracle = Oracle(model, bench.folders)
+    gc.collect()
+    gc.freeze()  # what is here stays: a collection between two plays need not look at it again
+    try:
+        return _sections(bench, oracle)
+    finally:
+        gc.unfreeze()
+
+
+def _sections(bench: Bench, oracle) -> list[dict]:
+    from labs_lib.serving.workload import zipf
+
+    plan = bench.plan
     rows = [tell_apart(bench, oracle)]
     rate = None
     for section in plan.sections:
@@ -544,9 +592,14 @@ def capacity(bench: Bench, rows: Sequence[dict], popularity: np.ndarray) -> floa
 
 def tell_apart(bench: Bench, oracle) -> dict:
     """Can the oracle fail? Each answer is held against the next tenant's model: it should refuse all of them."""
+    from labs_lib.serving.workload import uniform
+
     plan = bench.plan
+    if plan.adapters < 2:
+        raise LabsError("One adapter cannot be told from another: use --adapters 2 or more.")
     with engines([plan.engine], bench.setup()) as built:
-        run = bench.play(plan.engine, built[plan.engine], bench.trace(np.full(8, 1 / 8), plan.seed, 32))
+        trace = bench.trace(uniform(min(8, plan.adapters)), plan.seed, 32)
+        run = bench.play(plan.engine, built[plan.engine], trace)
     _right(plan.engine, oracle.verify(run.results))
     refused = 0
     for result in run.results:

@@ -27,7 +27,10 @@ def tables(rows: Sequence[dict]) -> str:
             return ""
         lo, hi = row.get(f"{name}_lo"), row.get(f"{name}_hi")
         text = f"{row[name]:.2f}"
-        return text if lo is None or not np.isfinite(lo) else f"{text} [{lo:.2f}, {hi:.2f}]"
+        return text if hi is None or not np.isfinite(hi) else f"{text} [{lo:.2f}, {hi:.2f}]"
+
+    def number(row: dict, name: str) -> str:
+        return "" if row.get(name) is None else f"{row[name]:,.0f}"
 
     lines = []
     if found := of("decode"):
@@ -47,7 +50,7 @@ def tables(rows: Sequence[dict]) -> str:
             label = FOREIGN.get(row["arm"], row["arm"])
             lines += [
                 f"  {label:<34}{row['tokens_per_s']:>9,.0f}  {pm(row, 'of_base'):<20} "
-                f"{pm(row, 'of_peft_mixed'):<22} {row['hits']:>6.0f} {row['moved']:>6.0f}"
+                f"{pm(row, 'of_peft_mixed'):<22} {number(row, 'hits'):>6} {number(row, 'moved'):>6}"
             ]
     if found := of("scale"):
         first = found[0]["arm"]
@@ -116,8 +119,6 @@ def figure(rows: Sequence[dict], path: Path) -> Path | None:
     """The panels that the rows allow, as a PNG with alt text; None if there is none."""
     import matplotlib
 
-    import labs_lib
-
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -135,7 +136,7 @@ def figure(rows: Sequence[dict], path: Path) -> Path | None:
         return None
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
-    with plt.style.context(Path(labs_lib.__file__).parent / "lab" / "peftlabs.mplstyle"):
+    with plt.style.context(Path(__file__).parent.parent / "lab" / "peftlabs.mplstyle"):
         fig, grid = plt.subplots(lines, columns, figsize=(5.6 * columns, 3.8 * lines), squeeze=False)
         for ax in grid.flat[len(panels) :]:
             ax.remove()
@@ -184,8 +185,10 @@ def _throughput_panel(ax, rows: Sequence[dict]) -> str:
     for i, pattern in enumerate(("uniform", "zipf")):
         found = [row for row in rows if row["pattern"] == pattern]
         middle = [row["of_base"] for row in found]
-        ends = [(row["of_base"] - row["of_base_lo"], row["of_base_hi"] - row["of_base"]) for row in found]
-        known = np.isfinite(ends).all()
+        known = all(row["of_base_hi"] is not None and np.isfinite(row["of_base_hi"]) for row in found)
+        ends = [
+            (row["of_base"] - row["of_base_lo"], row["of_base_hi"] - row["of_base"]) for row in found if known
+        ]
         places = np.arange(len(found)) + 0.4 * i - 0.2
         ax.bar(places, middle, 0.38, yerr=np.transpose(ends) if known else None, label=pattern)
         told += [f"{_called(row['arm'])} {pattern} {row['of_base']:.2f}" for row in found]

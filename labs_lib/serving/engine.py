@@ -391,21 +391,22 @@ class Engine:
         admitted: list[Sequence] = []
         overdue = self.queue.overdue(self.clock())
         tried: set[int] = set()
-        longest = 0
+        order, longest = self.queue.order(), 0
         while len(self.running) < self.max_batch:
-            # Counters change with each admission, so the fair order is looked at anew each time.
-            sequence = next((s for s in self.queue.order() if s.id not in tried), None)
             if overdue is not None and overdue.id not in tried:
                 sequence = overdue
+            else:
+                sequence = next((s for s in order if s.id not in tried), None)
             if sequence is None:
                 break
-            longest = max(longest, len(sequence.request.prompt))
-            if admitted and longest * (len(admitted) + 1) > PREFILL_TOKENS:
+            length = max(longest, len(sequence.request.prompt))
+            if admitted and length * (len(admitted) + 1) > PREFILL_TOKENS:
                 break
             tried.add(sequence.id)
             lacks = self._start(sequence)
             if lacks is None:
                 admitted.append(sequence)
+                order, longest = self.queue.order(), length  # the counters of the fair order have changed
             elif lacks == "adapter":
                 continue
             elif not self.running:  # everything is free, and still it does not fit

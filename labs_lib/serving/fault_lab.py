@@ -124,7 +124,7 @@ def harness(**settings) -> tuple[Engine, Truth]:
     `settings` are those of Engine. The first call writes the adapters and takes a few seconds. Close the engine.
     """
     truth = _world()[1]
-    settings = {"slots": 2, "max_rank": 8, "max_batch": 4, "kv_tokens": 160} | settings
+    settings = {"slots": 2, "max_rank": 8, "max_batch": 8, "kv_tokens": 256} | settings
     return Engine(copy.deepcopy(truth.witness.merged(None)), truth.folder_of, **settings), truth
 
 

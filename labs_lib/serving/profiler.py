@@ -58,7 +58,12 @@ def kind_of(frame: FrameType | None) -> str:
 
 
 def shares(step: Callable[[], object], seconds: float = 2.0, every: float = 0.001) -> dict[str, float]:
-    """Call `step` again and again; the share of time in each kind of work. On the main thread, on the CPU only."""
+    """Call `step` again and again; the share of time in each kind of work. On the main thread, on the CPU only.
+
+    Empty where the system has no such timer (Windows).
+    """
+    if not hasattr(signal, "setitimer"):
+        return {}
     seen: Counter = Counter()
 
     def look(number: int, frame: FrameType | None) -> None:

@@ -200,9 +200,9 @@ def recording(engine: Engine) -> Iterator[Log]:
             log.of["step"].append((amounts, seconds - timed.seconds))
         return worked
 
-    def submit(*arguments) -> int:
+    def submit(*arguments, **named) -> int:
         started = clock()
-        id = Engine.submit(engine, *arguments)
+        id = Engine.submit(engine, *arguments, **named)
         log.submit.append(clock() - started)
         return id
 
@@ -331,9 +331,9 @@ class Twin(Engine):
             self.clock.advance(_price(self.costs.step, amounts))
         return super().step()
 
-    def submit(self, *arguments) -> int:
+    def submit(self, *arguments, **named) -> int:
         self.clock.advance(self.costs.submit)
-        return super().submit(*arguments)
+        return super().submit(*arguments, **named)
 
     def wait(self, until: float, now: float) -> None:
         """For `replay`: pass the time until something can happen."""
@@ -502,7 +502,7 @@ def merge_or_multiplex(
             found = distinct
             break
     return {
-        "merge_after_steps": math.ceil(merge_seconds / saved) if saved > 0 else None,
+        "merge_after_steps": math.ceil(round(merge_seconds / saved, 6)) if saved > 0 else None,
         "multiplex_from": found,
         "multiplexed_ms": {
             d: round(1e3 * costs.decode_seconds(rows, d, past), 3) for d in (1, 2, 4, 8, rows)

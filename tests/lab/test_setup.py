@@ -217,7 +217,11 @@ def test_known_noise_is_silenced_and_the_rest_is_not(call):
         assert not [noise for noise in NOISE if noise in said]
         assert said.count("MatMul8bitLt") == 1
     else:  # the libraries still make it: an entry of quiet.py whose noise is gone can go, too
-        assert [noise for noise in NOISE if noise not in said] == []
+        from transformers import PreTrainedModel
+
+        # Python 3.10 gets a release of transformers that has not renamed it yet.
+        renamed = hasattr(PreTrainedModel, "is_activation_checkpointing")
+        assert [noise for noise in (NOISE if renamed else NOISE[1:]) if noise not in said] == []
 
 
 def test_a_notebook_s_first_import_is_cheap():

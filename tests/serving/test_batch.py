@@ -69,6 +69,14 @@ def test_blocks_span_the_slots_in_use_and_are_aligned_when_full():
     assert index.blocks.base.flatten().tolist() == [True, False, False, False]
 
 
+def test_slot_0_has_no_pages_whatever_the_table_says():
+    table = TABLE.clone()
+    table[0] = torch.tensor([7, 8, 0])
+    index = Index([0, 3, 0], table)
+    assert index.row_pages.tolist() == [[0], [9], [0]]
+    assert [segment.pages is None for segment in Index([0, 0, 3], table).segments] == [True, False]
+
+
 def test_a_batch_without_adapters():
     for slots in ([], [0, 0], [4]):
         index = Index(slots, TABLE)

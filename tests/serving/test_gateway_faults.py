@@ -66,8 +66,8 @@ def test_a_client_that_leaves_its_stream_ends_its_request(house):
 
 
 @pytest.mark.parametrize("stream", ["true", "false"])
-def test_a_client_that_leaves_while_it_waits_ends_its_request(tmp_path, stream):
-    """Nothing has been sent yet: only the connection tells."""
+def test_a_client_that_leaves_while_it_waits_ends_its_request(tmp_path, caplog, stream):
+    """Nothing has been sent yet: only the connection tells. It is no error of ours, so no error is logged."""
     with open_house(tmp_path, started=False) as house:
         body = b'{"model": "acme", "prompt": "a", "max_tokens": 400, "stream": %s}' % stream.encode()
         connection = raw(house, "POST /v1/completions HTTP/1.1", body)
@@ -78,6 +78,7 @@ def test_a_client_that_leaves_while_it_waits_ends_its_request(tmp_path, stream):
         eventually(lambda: ended(house, "acme", "abort") == 1)
         assert house.engine.ledger.accounts["acme"].output_tokens == 0
         fine(house)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_a_client_that_leaves_in_the_middle_of_its_body_costs_nothing(house):

@@ -95,4 +95,17 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path):
             answer = client.post("/v1/completions", json=body)
             assert answer.status_code == 200, answer.text
             assert answer.json()["choices"][0]["text"] in {truth(name, PROMPT, 8) for name in NAMES}
-    assert server.end(signal.SIGTERM) == 0, "asked to stop, it stops by itself"
+        body |= {"max_tokens": 480, "stream": True, "ignore_eos": True}
+        with contextlib.ExitStack() as streams:  # several, so that they take a while
+            answers = [
+                streams.enter_context(client.stream("POST", "/v1/completions", json=body)) for _ in range(8)
+            ]
+            ending = threading.Thread(target=server.end, args=[signal.SIGTERM])
+            ending.start()
+            for answer in answers:
+                answer.read()
+                assert answer.text.endswith("data: [DONE]\n\n"), (
+                    "asked to stop, it lets what is under way end"
+                )
+    ending.join(60)
+    assert server.process.returncode == 0

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from labs_lib.errors import LabsError
-from labs_lib.serving.engine import Engine
+from labs_lib.serving.engine import PREFILL_TOKENS, Engine
 from labs_lib.serving.layout import Layout
 from labs_lib.serving.pool import KV_PAGE, Pool
 from labs_lib.serving.scheduler import OUTPUT_WEIGHT, PROMPT_WEIGHT, Queue
@@ -159,6 +159,24 @@ def test_a_request_without_a_slot_is_overtaken_by_one_that_has_one():
     assert run.started == [first, again]
     run.finish()
     assert run.started == [first, again, other]
+
+
+def test_a_long_prompt_that_is_skipped_takes_no_room_in_the_prefill():
+    run = Run(bench(batch=8, load=50, kv_pages=1000))
+    run.send("cold", adapter="a", prompt=PREFILL_TOKENS)
+    warm = [run.send("warm") for _ in range(5)]
+    run.step()
+    assert run.started == warm
+
+
+def test_a_prefill_has_bounds():
+    """Padding included: running sequences wait for it."""
+    run = Run(bench(batch=8, kv_pages=10_000))
+    ids = [run.send("t", 3, prompt=PREFILL_TOKENS // 2) for _ in range(3)]
+    run.step()
+    assert run.started == ids[:2]
+    run.step()
+    assert run.started == ids
 
 
 def test_who_lacks_memory_is_not_overtaken():

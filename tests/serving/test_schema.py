@@ -101,5 +101,5 @@ def put_in_names(body: dict) -> None:
     for place in (body, body.get("parameters")):
         if isinstance(place, dict):
             for name in ("max_tokens", "max_completion_tokens", "max_new_tokens"):
-                if type(place.get(name)) is int and place[name] > 20:
+                if type(place.get(name)) is int and 20 < place[name] < 2**31:
                     place[name] = 20

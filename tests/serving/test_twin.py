@@ -163,7 +163,8 @@ def test_fit_finds_the_costs_again():
     for name, units in (("prefill", PREFILL), ("decode", DECODE), ("step", STEP), ("load", LOAD)):
         for _ in range(300):
             amounts = {unit: float(rng.integers(0, 30)) for unit in units} | {"call": 1}
-            amounts = {u: v * 1e5 if u in ("byte", "cell", "gathered") else v for u, v in amounts.items()}
+            large = {"byte": 1e6, "cell": 1e3, "gathered": 1e3}
+            amounts = {unit: value * large.get(unit, 1) for unit, value in amounts.items()}
             seconds = twins._price(getattr(true, name), amounts)
             log.of[name].append((amounts, seconds * rng.normal(1, 0.01)))
     found = log.fit()
@@ -171,7 +172,7 @@ def test_fit_finds_the_costs_again():
         for unit, value in getattr(true, name).items():
             assert getattr(found, name)[unit] == pytest.approx(value, rel=0.1, abs=2e-5), (name, unit)
             assert getattr(found, name)[unit] >= 0
-        assert found.fit[name]["r2"] > 0.98
+        assert found.fit[name]["r2"] > 0.9
     with pytest.raises(LabsError, match="no prefill"):
         twins.Log().fit()
 
@@ -233,11 +234,11 @@ def test_the_cliff_is_where_slots_and_host_memory_run_out(layout):
         host_bytes=16 * 8 * layout.width * 4,
     )
     loads = [row["loads"] for row in rows]
-    assert loads[:3] == [0, 0, 0] and loads[3] > 50 and loads[4] > loads[3]
+    assert loads[:3] == [0, 0, 0] and loads[3] > 30 and loads[4] > loads[3]
     moved = [row["moved"] for row in rows]
     assert moved[0] == moved[1] == 0 and moved[2] > 0
-    assert twins.cliff(rows, key="ttft_p50")["adapters"] == 32
-    assert twins.cliff(rows[:3], key="ttft_p50") is None
+    assert twins.cliff(rows, key="ttft_p99")["adapters"] == 32
+    assert twins.cliff(rows[:3], key="ttft_p99") is None
 
 
 def test_when_to_merge():
