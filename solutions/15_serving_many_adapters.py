@@ -659,26 +659,26 @@ types = {
 # %%
 @torch.inference_mode()
 def in_one_batch(config):
-    """What PEFT answers to rows for adapter a, adapter b and the base."""
-    mixed = get_peft_model(copy.deepcopy(base), copy.deepcopy(config), adapter_name="a")
-    mixed.add_adapter("b", copy.deepcopy(config))
+    """What PEFT answers to rows for adapters acme, bolt and the base."""
+    mixed = get_peft_model(copy.deepcopy(base), copy.deepcopy(config), adapter_name="acme")
+    mixed.add_adapter("bolt", copy.deepcopy(config))
     for name, parameter in mixed.named_parameters():
-        if {"a", "b"} & set(name.split(".")):
+        if {"acme", "bolt"} & set(name.split(".")):
             parameter += 0.2 * torch.randn_like(parameter)
     mixed.eval()
     alone = {"__base__": base(batch[:1]).logits[0, -1]}
-    for name in ("b", "a"):
+    for name in ("bolt", "acme"):
         mixed.set_adapter(name)
         alone[name] = mixed(batch[:1]).logits[0, -1]
     try:
-        logits = mixed(batch[:3], adapter_names=["a", "b", "__base__"]).logits[:, -1]
+        logits = mixed(batch[:3], adapter_names=["acme", "bolt", "__base__"]).logits[:, -1]
     except ValueError as error:
         return f"refused: {error}"
     right = [
-        torch.allclose(logits[i], alone[name], atol=1e-3) for i, name in enumerate(("a", "b", "__base__"))
+        torch.allclose(logits[i], alone[name], atol=1e-3) for i, name in enumerate(("acme", "bolt", "__base__"))
     ]
-    first = all(torch.allclose(row, alone["a"], atol=1e-3) for row in logits)
-    return "right" if all(right) else "SILENTLY WRONG: every row got adapter a" if first else "SILENTLY WRONG"
+    first = all(torch.allclose(row, alone["acme"], atol=1e-3) for row in logits)
+    return "right" if all(right) else "SILENTLY WRONG: every row got adapter acme" if first else "SILENTLY WRONG"
 
 
 torch.manual_seed(lab.seed)

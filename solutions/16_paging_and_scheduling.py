@@ -848,7 +848,7 @@ for each, proof in zip(outcomes, proofs[1:], strict=True):  # the first engine w
     row = {"bug": each.fault, "who had it": bug.engine, "what a tenant sees": bug.seen}
     row["read"] = bug.source.removeprefix("https://github.com/").partition("/blob/")[0]
     found = ", ".join(f"{n} x {what}" for what, n in proof.items())
-    row["proved by"] = found or each.note[:40] or "not caught"
+    row["proved by"] = found or each.note.partition(":")[0] or "not caught"
     rows.append(row)
 silent = sum(set(proof) == {"tokens of other weights"} for proof in proofs[1:])
 caught = sum(each.caught for each in outcomes)
