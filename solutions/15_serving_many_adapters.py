@@ -675,10 +675,13 @@ def in_one_batch(config):
     except ValueError as error:
         return f"refused: {error}"
     right = [
-        torch.allclose(logits[i], alone[name], atol=1e-3) for i, name in enumerate(("acme", "bolt", "__base__"))
+        torch.allclose(logits[i], alone[name], atol=1e-3)
+        for i, name in enumerate(("acme", "bolt", "__base__"))
     ]
     first = all(torch.allclose(row, alone["acme"], atol=1e-3) for row in logits)
-    return "right" if all(right) else "SILENTLY WRONG: every row got adapter acme" if first else "SILENTLY WRONG"
+    return (
+        "right" if all(right) else "SILENTLY WRONG: every row got adapter acme" if first else "SILENTLY WRONG"
+    )
 
 
 torch.manual_seed(lab.seed)

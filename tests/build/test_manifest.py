@@ -82,7 +82,9 @@ def test_mistakes_in_a_manifest(course, old, new, says):
 
 def test_the_course_s_own_manifest_is_in_order():
     labs = load_manifest().labs
-    assert [lab.number for lab in labs] == sorted({lab.number for lab in labs})  # labs are written in any order
+    assert [lab.number for lab in labs] == sorted(
+        {lab.number for lab in labs}
+    )  # labs are written in any order
     numbers = {lab.number for lab in labs}
     for lab in labs:
         assert lab.question.endswith("?") and lab.outcomes

@@ -74,6 +74,7 @@ def test_a_client_that_leaves_while_it_waits_ends_its_request(tmp_path, caplog, 
         eventually(lambda: house.engine.stats()["waiting"] == 1)
         connection.close()
         eventually(lambda: not house.app.state.gateway.calls.inflight)
+        eventually(lambda: all(each.aborted for each in house.engine.queue.waiting.values()))
         house.engine.start()
         eventually(lambda: ended(house, "acme", "abort") == 1)
         assert house.engine.ledger.accounts["acme"].output_tokens == 0
