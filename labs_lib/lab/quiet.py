@@ -47,6 +47,8 @@ _LOGGERS = {
 _WARNINGS = (
     # PEFT 0.21 reads a property that transformers 5 has renamed. Neither name is ours to change.
     (r"`is_gradient_checkpointing` is deprecated", FutureWarning),
+    # PEFT's LN_TUNING says it of each norm layer that it was asked to tune.
+    (r"Unsupported layer type", UserWarning),
     # transformers' TrainingArguments asks for pinned memory by default, also where there is no GPU to copy to.
     (r"'pin_memory' argument is set as true but no accelerator", UserWarning),
 )

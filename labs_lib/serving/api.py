@@ -343,5 +343,16 @@ class TenantList(BaseModel):
 
 
 class Health(BaseModel):
-    status: Literal["ok", "shutting down"]
+    status: Literal["ok", "shutting down", "isolation broken"]
     model: str
+
+
+class Isolation(BaseModel):
+    """What has been proved about who got whose adapter. `found` is the first leak, in words; `canaries` answered right;
+    `oracle` counts judged results in all and per tenant."""
+
+    watched: bool
+    isolated: bool | None = None
+    found: str | None = None
+    canaries: int = 0
+    oracle: dict = {}

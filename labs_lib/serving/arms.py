@@ -8,7 +8,6 @@ answer through the model that PEFT itself has merged.
 import copy
 import itertools
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,11 @@ from labs_lib.errors import LabsError
 from labs_lib.serving.engine import Engine
 from labs_lib.serving.executor import ModelExecutor, Rows, check_model
 from labs_lib.serving.layout import Layout
+from labs_lib.serving.oracle import TIES, Witness
 from labs_lib.serving.pool import Pool
 from labs_lib.serving.scheduler import Queue
 from labs_lib.serving.tiers import HostAdapter
 from labs_lib.serving.types import Result
-
-# Logits this close count as equal, because merged and unmerged weights round differently.
-TIES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.4}
 
 
 def share(model):
@@ -294,25 +291,14 @@ class Oracle:
     """The truth about greedy answers: each token must be the best of the model that PEFT merged, given those before."""
 
     def __init__(self, model, folders: Mapping[str, Path], keep: int = 64) -> None:
-        self._base, self._folders, self._keep = model, folders, keep
+        self.witness = Witness(model, folders.__getitem__, copies=keep)
         self.tie = TIES[model.get_input_embeddings().weight.dtype]
-        self._models: OrderedDict[str, object] = OrderedDict()
-
-    def model(self, adapter: str | None):
-        if adapter is None:
-            return self._base
-        if adapter not in self._models:
-            self._models[adapter] = merged(self._base, self._folders[adapter])
-            if len(self._models) > self._keep:
-                self._models.popitem(last=False)
-        self._models.move_to_end(adapter)
-        return self._models[adapter]
 
     @torch.inference_mode()
     def gaps(self, result: Result, adapter: str | None) -> torch.Tensor:
         """For each token of an answer: by how much the best logit of that adapter's model exceeds the token's."""
         prompt, tokens = result.request.prompt, result.tokens
-        model = self.model(adapter)
+        model = self.witness.merged(adapter)
         ids = torch.tensor([prompt + tokens[:-1]], device=model.device)
         logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :].float()
         return logits.amax(-1) - logits[torch.arange(len(tokens)), tokens]

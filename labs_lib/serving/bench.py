@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from labs_lib.errors import LabsError
+from labs_lib.lab import quiet
 
 SECTIONS = ("decode", "throughput", "scale", "latency", "profile", "twin")
 OPS = ("gather", "tiles", "blocks", "segments", "grouped", "sgmv", "loop")
@@ -705,6 +706,7 @@ def main(args: argparse.Namespace) -> int:
         raise LabsError("All sizes must be at least 1.")
     if args.threads:
         torch.set_num_threads(args.threads)
+    quiet.silence()
     before = _load_average()
     with tempfile.TemporaryDirectory(prefix="labs-bench-") as folder:
         rows = run(plan, Path(folder))

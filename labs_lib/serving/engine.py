@@ -176,7 +176,7 @@ class Engine:
         self.tiers = Tiers(pool, loader, host_bytes, clock, self.ledger.watch)
         self.kv = KVCache(pool, prefix_cache)
         if pool.policy == "unified":
-            self.tiers.reclaim = self.kv.drop_idle
+            self.tiers.prompts = self.kv
         self.running: list[Sequence] = []
         self.observers: list[OnEnd] = []  # called with every result, like `on_end`
         self._ids = itertools.count(1)
@@ -322,8 +322,8 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        with self._lock:
-            self._drop_ended()  # without a thread nobody else would tell the owners
+        else:
+            self.drive(lambda: not (self.running or self.queue.waiting))
 
     def close(self) -> None:
         """Stop, and give the model back as it was."""
@@ -426,8 +426,9 @@ class Engine:
             return "adapter"
         tokens = len(request.prompt) + request.max_tokens
         reservation = self.kv.reserve(request.adapter, request.prompt, tokens, now)
-        while reservation is None and self.pool.policy == "unified" and self.tiers.evict_one(request.tenant):
-            reservation = self.kv.reserve(request.adapter, request.prompt, tokens, now)
+        if self.pool.policy == "unified" and self.tiers.could_free(self.pool.kv_pages_for(tokens)):
+            while reservation is None and self.tiers.evict_one(request.tenant):
+                reservation = self.kv.reserve(request.adapter, request.prompt, tokens, now)
         if reservation is None:
             self.tiers.release(slot)
             return "memory"

@@ -23,6 +23,7 @@ from labs_lib.serving.calls import Call, Calls
 from labs_lib.serving.metrics import Metrics
 from labs_lib.serving.text import Detokenizer, encode_chat, special_ids
 from labs_lib.serving.types import Request as EngineRequest
+from labs_lib.serving.watch import Watch
 from labs_lib.serving.web import ApiError, EventStream, Guard, invalid, until_disconnect
 
 GREEDY_BELOW = 1e-3  # a temperature below is greedy: dividing logits by it would only overflow
@@ -85,7 +86,9 @@ class Gateway:
         *,
         default_max: int,
         write_seconds: float,
+        watch: Watch | None,
     ) -> None:
+        self.watch = watch
         self.engine, self.tokenizer, self.access = engine, tokenizer, access
         self.metrics, self.calls = metrics, calls
         self.default_max, self.write_seconds = default_max, write_seconds
@@ -106,6 +109,14 @@ class Gateway:
                 kind="server_error",
                 code="shutting_down",
                 headers={"retry-after": "5"},
+            )
+        if self.watch is not None and self.watch.found:
+            raise ApiError(
+                503,
+                "The server has found that a tenant was answered with another's adapter, and serves nobody until its "
+                "operator has looked at it.",
+                kind="server_error",
+                code="isolation_broken",
             )
         request.state.tenant = await self.access.tenant(credentials and credentials.credentials)
         return request.state.tenant
@@ -366,6 +377,7 @@ def create_app(
     default_max_tokens: int = 256,
     write_seconds: float = 30.0,
     body_seconds: float = 30.0,
+    watch: Watch | None = None,
 ) -> FastAPI:
     """The server, for a running engine; it starts and stops nothing.
 
@@ -382,11 +394,12 @@ def create_app(
         default_max_tokens: of a chat or /generate that does not say, unless the context ends before.
         write_seconds: after which a client that reads nothing of its stream is dropped.
         body_seconds: in which a request's body must arrive; later gets 408.
+        watch: `start()`ed by the caller; once it has found a leak, everybody gets 503.
     """
     access = Access(
         registry, admin_key=admin_key, model_name=model_name, allow_base=allow_base, adapter_root=adapter_root
     )
-    metrics = Metrics(engine)
+    metrics = Metrics(engine, watch)
     gateway = Gateway(
         engine,
         tokenizer,
@@ -395,6 +408,7 @@ def create_app(
         Calls(engine, metrics, max_inflight),
         default_max=default_max_tokens,
         write_seconds=write_seconds,
+        watch=watch,
     )
     app = FastAPI(title="PEFT Labs multi-adapter server", version="1", docs_url=None, redoc_url=None)
     app.state.gateway = gateway
@@ -557,11 +571,20 @@ def _admin_routes(app: FastAPI, gateway: Gateway, registry) -> None:
         ]
         return api.TenantCard(name=name, current=current and current.number, versions=versions)
 
-    @app.get("/health", responses={503: {"model": api.Health, "description": "Shutting down."}})
+    @app.get("/health", responses={503: {"model": api.Health, "description": "Do not send requests here."}})
     async def health() -> api.Health:
-        if gateway.closing:
-            return JSONResponse({"status": "shutting down", "model": gateway.access.model_name}, 503)
+        broken = gateway.watch is not None and gateway.watch.found
+        if broken or gateway.closing:
+            status = "isolation broken" if broken else "shutting down"
+            return JSONResponse({"status": status, "model": gateway.access.model_name}, 503)
         return api.Health(status="ok", model=gateway.access.model_name)
+
+    @app.get("/admin/isolation", dependencies=admin, responses=_documented(api.Isolation, api.ErrorBody))
+    async def isolation() -> api.Isolation:
+        """What the shadow oracle and the canaries have proved so far."""
+        return api.Isolation(
+            watched=gateway.watch is not None, **(gateway.watch.report() if gateway.watch else {})
+        )
 
     @app.get(
         "/metrics",

@@ -4,6 +4,7 @@ Each app has its own registry of metrics, so two servers in one process (a noteb
 """
 
 from collections.abc import Iterator
+from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -15,7 +16,7 @@ TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)  # 
 class Metrics:
     """Fed by the gateway, one call per event; `text()` is the scrape."""
 
-    def __init__(self, engine) -> None:
+    def __init__(self, engine, watch=None) -> None:
         self.registry = CollectorRegistry()
         own = {"registry": self.registry, "namespace": "labs"}
         self._requests = Counter(
@@ -43,6 +44,8 @@ class Metrics:
             **own,
         )
         self.registry.register(EngineCollector(engine))
+        if watch is not None:
+            self.registry.register(WatchCollector(watch))
 
     def opened(self, tenant: str, prompt_tokens: int) -> None:
         self._prompt.labels(tenant).inc(prompt_tokens)
@@ -106,3 +109,27 @@ class EngineCollector:
             for by, count in list(account.evicted.items()):
                 evictions.add_metric([tenant, by], count)
         yield from (loads, evictions, busy)
+
+
+class WatchCollector:
+    """What the watch over isolation (`watch`) has proved."""
+
+    def __init__(self, watch) -> None:
+        self.watch = watch
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        yield GaugeMetricFamily(
+            "labs_isolated",
+            "0 once a tenant was answered by another's adapter.",
+            value=self.watch.found is None,
+        )
+        yield CounterMetricFamily(
+            "labs_canaries", "Canaries that were answered right.", value=self.watch.sung
+        )
+        judged = CounterMetricFamily(
+            "labs_oracle_results", "Results that the shadow oracle has judged.", labels=["tenant", "outcome"]
+        )
+        for tenant, tally in list(self.watch.oracle.tallies.items()):
+            for outcome, count in asdict(tally).items():
+                judged.add_metric([tenant, outcome], count)
+        yield judged

@@ -26,7 +26,8 @@ from labs_lib.serving.types import Result
 log = logging.getLogger(__name__)
 
 KEPT = 1000  # mismatches, ties and failures that stay in memory
-TIE = 1e-4  # logits closer than this are a near-tie in float32
+# Logits this close count as equal, because merged and unmerged weights round differently.
+TIES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.4}
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Witness:
         self._loading = threading.Lock()
 
     @torch.inference_mode()
-    def judge(self, result: Result, tie: float = TIE) -> Difference | None:
+    def judge(self, result: Result, tie: float = TIES[torch.float32]) -> Difference | None:
         """The first position at which the merged model says otherwise (a real one before a near-tie), or None.
 
         One forward pass over prompt and output, without a cache.
@@ -180,7 +181,7 @@ class ShadowOracle:
     Args:
         witness: what should have been said.
         share: of the results that are judged, drawn with `seed`.
-        tie: logit gaps below this are near-ties; use about 0.1 for bfloat16.
+        tie: logit gaps below this are near-ties; `TIES` has one for each type of number.
         waiting: results that wait to be judged; more are dropped and counted, so that serving never waits.
         on_mismatch: called with each mismatch, on the oracle's thread.
 
@@ -193,7 +194,7 @@ class ShadowOracle:
         share: float = 0.05,
         seed: int = 0,
         *,
-        tie: float = TIE,
+        tie: float = TIES[torch.float32],
         waiting: int = 64,
         on_mismatch: Callable[[Difference], None] | None = None,
     ) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from labs_lib.errors import LabsError
+from labs_lib.lab import quiet
 from labs_lib.paths import cache
 
 if TYPE_CHECKING:
@@ -50,6 +51,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fairness", choices=["fcfs", "fair"], default="fcfs", help="who is next")
     parser.add_argument("--queue", type=int, default=256, help="requests that may wait (default: 256)")
     parser.add_argument("--inflight", type=int, default=32, help="requests of one tenant (default: 32)")
+    parser.add_argument(
+        "--oracle",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="of the answers, replayed on merged weights and compared; 0 is off (default: 0.01)",
+    )
+    parser.add_argument(
+        "--canaries",
+        type=float,
+        default=60,
+        metavar="SECONDS",
+        help="between requests whose right answer is known; 0 is off (default: 60)",
+    )
     parser.add_argument("--no-base", action="store_true", help="tenants may not use the base itself")
     parser.add_argument(
         "--adapter-root", type=Path, metavar="PATH", help="where adapters may be loaded from over HTTP"
@@ -67,6 +82,7 @@ def main(args: argparse.Namespace) -> int:
         )
     if args.adapter_root is not None and not args.adapter_root.is_dir():
         raise LabsError(f"There is no directory {args.adapter_root} to load adapters from: make it first.")
+    quiet.silence()
     with contextlib.closing(
         listen(args.host, args.port)
     ) as listener:  # before the model: its mistakes are quick
@@ -80,6 +96,7 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> None:
     from labs_lib.serving.gateway import create_app
     from labs_lib.serving.layout import Layout
     from labs_lib.serving.registry import Registry
+    from labs_lib.serving.watch import Watch
 
     root = args.registry or cache() / "registry"
     model, tokenizer = load_base(args.model, device=args.device)
@@ -97,6 +114,13 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> None:
             fairness=args.fairness,
             queue_limit=args.queue,
         ) as engine,
+        Watch(
+            engine,
+            registry,
+            lambda: load_base(args.model, device=args.device)[0],
+            share=args.oracle,
+            every=args.canaries,
+        ) as watch,
     ):
         given = os.environ.get("LABS_ADMIN_KEY")
         key = given or f"labs-admin-{secrets.token_urlsafe(32)}"
@@ -109,6 +133,7 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> None:
             allow_base=not args.no_base,
             adapter_root=args.adapter_root,
             max_inflight=args.inflight,
+            watch=watch,
         )
         engine.start()
         print(_greeting(args, root, listener, None if given else key), flush=True)

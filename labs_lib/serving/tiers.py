@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from labs_lib.errors import LabsError
+from labs_lib.serving.kv import KVCache
 from labs_lib.serving.pool import Pool, Slot
 from labs_lib.serving.types import Refused
 
@@ -97,20 +98,13 @@ class Tiers:
         clock: Callable[[], float],
         watch: Callable[..., None] = lambda *event, **more: None,
     ) -> None:
-        self.pool, self.loader, self.host_bytes, self.clock, self.watch = (
-            pool,
-            loader,
-            host_bytes,
-            clock,
-            watch,
-        )
+        self.pool, self.loader, self.host_bytes = pool, loader, host_bytes
+        self.clock, self.watch = clock, watch
         self.host: OrderedDict[str, HostAdapter] = OrderedDict()  # least recently used first
         self.loading: dict[str, str] = {}  # adapter: the tenant who asked
         self.failed: dict[str, Exception] = {}
         self.pinned: set[str] = set()
-        self.reclaim: Callable[[], bool] = lambda: (
-            False
-        )  # frees memory that others can spare, in a unified pool
+        self.prompts: KVCache | None = None  # in a unified pool: whose idle pages adapters may have
 
     @property
     def host_used(self) -> int:
@@ -184,9 +178,19 @@ class Tiers:
             slot.refs -= 1
             slot.used = self.clock()
 
+    def could_free(self, pages: int) -> bool:
+        """Would so many pages be free if all that is idle left? If not, nobody should be evicted for them."""
+        if self.pool.policy == "separate":
+            return True  # one slot is as large as another, so that any victim will do
+        idle = (s for s in self.pool.resident if s.refs == 0 and s.adapter not in self.pinned)
+        spare = self.prompts.reclaimable if self.prompts else 0
+        return self.pool.kv_free + spare + sum(len(slot.pages) for slot in idle) >= pages
+
     def _make_room(self, pages: int, tenant: str) -> bool:
+        if not self.could_free(pages):
+            return False
         while not self.pool.fits(pages):
-            if not (self.reclaim() or self.evict_one(tenant)):
+            if not ((self.prompts and self.prompts.drop_idle()) or self.evict_one(tenant)):
                 return False
         return True
 

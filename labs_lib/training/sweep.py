@@ -18,48 +18,12 @@ from statistics import fmean
 from labs_lib.errors import LabsError
 from labs_lib.models.base import base_folder
 from labs_lib.paths import cache
+from labs_lib.training.adapt import METHODS
 from labs_lib.training.sweeps import SWEEPS, Arm, Sweep
 
 KNOWN_FACTS_PROBED = 512
 STYLE_ROWS_SCORED = 48
 SPLIT = {"sweep": "validation", "final": "test"}  # stage -> what it is scored on
-
-
-def adapt(model, arm: Arm, seed: int):
-    """Make `model` trainable in the arm's way: our own LoRA, a PEFT method by its name, or everything (`full`).
-
-    Returns:
-        The model to train; only what the method trains requires a gradient.
-    """
-    import torch
-
-    if arm.method == "full":
-        return model.requires_grad_(True)
-    if arm.method == "lora":
-        from labs_lib.methods.lora import inject_lora
-
-        generator = torch.Generator().manual_seed(seed)
-        return inject_lora(model, arm.targets, arm.rank, arm.alpha, generator=generator)
-    from peft import IA3Config, LoraConfig, get_peft_model
-
-    torch.manual_seed(seed)
-    targets = arm.targets if isinstance(arm.targets, str) else list(arm.targets)
-    if arm.method == "ia3":
-        config = IA3Config(
-            task_type="CAUSAL_LM",
-            target_modules=["k_proj", "v_proj", "down_proj"],
-            feedforward_modules=["down_proj"],
-        )
-    else:
-        config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=arm.rank,
-            lora_alpha=arm.alpha,
-            target_modules=targets,
-            use_dora=arm.method == "dora",
-            use_rslora=arm.method == "rslora",
-        )
-    return get_peft_model(model, config)
 
 
 def evaluate(model, tokenizer, task: str, tenant: str | None, rows) -> dict[str, float]:
@@ -97,9 +61,10 @@ def run_point(point: dict, size: str = "small", progress: bool = False) -> dict:
 
     arm = Arm(**point["arm"])
     started = time.perf_counter()
-    model, tokenizer = load_base(size)
+    model, tokenizer = load_base(size, quantise=arm.quantise)
     data = load_task(point["task"], tenant=point.get("tenant"), facts=point.get("facts", 1024))
-    model = adapt(model, arm, point["seed"])
+    adapted = METHODS[arm.method](model, arm, point["seed"], point["steps"])
+    model = adapted.model
     try:
         run = fit(
             model,
@@ -109,9 +74,13 @@ def run_point(point: dict, size: str = "small", progress: bool = False) -> dict:
             lr=point["lr"],
             batch_size=point["batch"],
             seed=point["seed"],
+            optimizer=adapted.optimizer and adapted.optimizer(point["lr"]),
+            callbacks=adapted.callbacks,
             progress=progress,
         )
-        measured = {"loss": run.final_loss, "params": run.trainable_parameters}
+        measured = {"loss": run.final_loss, "params": run.trainable_parameters} | adapted.finish()
+        if arm.curve:
+            measured["losses"] = [round(loss, 4) for loss in run.losses]
         rows = data[SPLIT[point["stage"]]]
         rows = rows[:STYLE_ROWS_SCORED] if point["task"] == "style" else rows[:]
         measured |= evaluate(model, tokenizer, point["task"], point.get("tenant"), rows)

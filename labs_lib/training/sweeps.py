@@ -1,6 +1,6 @@
 """The recorded sweeps of the course: which arms, tasks, learning rates and seeds. `sweep` runs them."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -9,7 +9,15 @@ TENANT = "fathom-eleven"  # all 16 rules differ from the default style
 
 @dataclass(frozen=True)
 class Arm:
-    """One configuration that gets its own learning rate. `rates` overrides the sweep's."""
+    """One configuration that gets its own learning rate.
+
+    Attributes:
+        method: a name in `adapt.METHODS`.
+        rates: instead of the sweep's learning rates.
+        options: anything else that the method takes.
+        quantise: of the frozen base, as `load_base` takes it.
+        curve: keep the loss of every step.
+    """
 
     name: str
     method: str = "lora"
@@ -17,6 +25,9 @@ class Arm:
     alpha: float = 16
     targets: str | tuple[str, ...] = "all-linear"
     rates: tuple[float, ...] = ()
+    options: dict = field(default_factory=dict)
+    quantise: str | None = None
+    curve: bool = False
 
     def to_dict(self) -> dict:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}

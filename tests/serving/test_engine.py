@@ -1,6 +1,7 @@
 """The engine's first promise: every row of any mixed batch gets exactly the tokens of its own merged model."""
 
 import random
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -110,7 +111,8 @@ def test_random_traffic_under_forced_tiny_pools(
                 for slot in engine.pool.resident:
                     if not slot.refs:
                         engine.unload(slot.adapter)
-            engine.step()
+            if not engine.step():
+                time.sleep(0.0005)  # the loader's turn
             step += 1
             assert step < 20_000, "no progress"
         for id, result in ended.items():
@@ -299,6 +301,15 @@ def test_the_thread_serves_and_stops(zoo):
         engine.stop()
         with pytest.raises(LabsError, match="shutting down"):
             engine.submit(request(zoo, "base", [5], 2))
+
+
+def test_draining_without_a_thread_finishes_what_waits(zoo):
+    results = []
+    with serving(zoo) as engine:
+        for name, prompt in zip(NAMES, prompts(8), strict=True):
+            engine.submit(request(zoo, name, prompt, 5), on_end=results.append)
+        engine.stop()
+    assert [result.finish for result in results] == ["length"] * len(NAMES)
 
 
 def test_closing_gives_the_model_back(zoo):

@@ -304,10 +304,24 @@ def test_a_unified_pool_evicts_as_many_as_the_rank_needs():
     assert bench.resident == {"c"}
 
 
+def test_a_unified_pool_evicts_nobody_for_an_adapter_that_would_not_fit_even_then():
+    bench = Bench(slots=1, policy="unified", kv_tokens=1)  # five pages
+    for name, pages in (("a", 2), ("b", 2), ("c", 4)):
+        bench.tiers.prefetch(name)
+        bench.loader.end(name, pages=pages)
+    bench.tiers.poll()
+    bench.use("a")
+    busy = bench.tiers.acquire("b", "t")
+    assert bench.tiers.acquire("c", "t") is None
+    assert bench.resident == {"a", "b"}
+    bench.tiers.release(busy)
+    assert bench.tiers.acquire("c", "t") is not None
+
+
 def test_prompt_pages_nobody_reads_make_room_before_an_adapter_does():
     bench = Bench(slots=1, policy="unified", kv_tokens=64)
     kv = KVCache(bench.pool)
-    bench.tiers.reclaim = kv.drop_idle
+    bench.tiers.prompts = kv
     bench.load("a", "b")
     bench.use("a")
     size = bench.pool.tokens_per_page
