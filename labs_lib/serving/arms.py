@@ -43,14 +43,12 @@ class Plain(ModelExecutor):
 
     def __init__(self, model, pool: Pool) -> None:
         check_model(model)
-        self.model, self.layout, self.pool = model, pool.layout, pool
-        self.device, self.dtype = model.device, model.get_input_embeddings().weight.dtype
-        self._rows, self._window, self._index = (), None, None
+        self._attach(model, pool.layout, pool)
 
     def _index_of(self, rows: Rows, tokens: int) -> None:
         return None
 
-    def _use(self, index: None, slots: list) -> None:
+    def _use(self, index: None, rows: Rows, tokens: int) -> None:
         pass
 
     def close(self) -> None:
@@ -87,32 +85,26 @@ class PeftMixed(Plain):
         super().__init__(model, pool)
         self.model = _Named(load_peft(model, folders))
 
-    def prefill(self, rows: Rows) -> list[int]:
+    def _use(self, index: None, rows: Rows, tokens: int) -> None:
         self.model.names = [row.request.adapter or "__base__" for row in rows]
-        return super().prefill(rows)
-
-    def decode(self, rows: Rows) -> list[int]:
-        self.model.names = [row.request.adapter or "__base__" for row in rows]
-        return super().decode(rows)
 
 
 class Grouped(Plain):
     """A forward pass for each distinct adapter of the batch, with the model that `model_for(adapter)` gives."""
+
+    keeps_order = True  # groups must be neighbours
 
     def __init__(self, model, pool: Pool, model_for: Callable[[str | None], object]) -> None:
         super().__init__(model, pool)
         self._model_for, self._adapters = model_for, []
 
     def prefill(self, rows: Rows) -> list[int]:
-        order = sorted(range(len(rows)), key=lambda i: rows[i].slot.number)  # so that groups are neighbours
-        rows = [rows[i] for i in order]
-        self._adapters = [row.request.adapter for row in rows]
-        tokens = super().prefill(rows)
+        order = sorted(range(len(rows)), key=lambda i: rows[i].slot.number)
+        tokens = super().prefill([rows[i] for i in order])
         return [token for _, token in sorted(zip(order, tokens, strict=True))]
 
-    def decode(self, rows: Rows) -> list[int]:
+    def _use(self, index: None, rows: Rows, tokens: int) -> None:
         self._adapters = [row.request.adapter for row in rows]
-        return super().decode(rows)
 
     def _forward(self, tokens, positions, seen, window) -> torch.Tensor:
         logits, start = [], 0

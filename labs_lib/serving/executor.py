@@ -2,8 +2,8 @@
 
 transformers' own forward runs; keys and values reach it through `Window`, which it takes for its cache. A window is
 the batch's past, gathered from its pages into one tensor with every row right-aligned, so that the next token of
-every row falls into the same column. It is kept while the batch stays the same; new cells are also written back to
-their pages, which remain the one place where a sequence's past lives.
+every row falls into the same column. It is kept from step to step: who leaves frees a row, who joins gets one. New
+cells are also written back to their pages, which remain the one place where a sequence's past lives.
 """
 
 import copy
@@ -18,7 +18,7 @@ from labs_lib.serving.layers import Step, install, uninstall
 from labs_lib.serving.layout import Layout
 from labs_lib.serving.pool import Pool
 
-SPARE = 32  # columns a window can grow by before it is gathered again
+SPARE = 16  # columns a window can grow by before it is gathered again; until then it may be so much too long
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -39,42 +39,61 @@ def check_model(model: PreTrainedModel) -> None:
 class Window:
     """The keys and values that one forward pass sees, the past first, then what is new.
 
-    `parts` is (2 x layers, rows, columns, width of a layer's keys): each layer's keys, then its values, lie together,
-    which attention reads a third faster than the pages' order of token by token.
+    `parts` is (2 x layers, rows, heads, columns, size): each layer's keys, then its values. A head's columns lie side
+    by side, which attention reads faster than the pages' order of token by token.
+
+    Args:
+        past: (rows, columns, cell), as pages store them.
+        layers, heads: of the model's keys.
+        spare: columns to grow by.
     """
 
-    def __init__(self, past: torch.Tensor, layers: int, spare: int) -> None:
-        rows, self.columns, cell = past.shape
-        parts = 2 * layers
-        self.parts = past.new_zeros(parts, rows, self.columns + spare, cell // parts)
-        self.parts[:, :, : self.columns] = past.unflatten(2, (parts, -1)).permute(2, 0, 1, 3)
+    def __init__(self, past: torch.Tensor, layers: int, heads: int, spare: int) -> None:
+        self.rows, self.columns, cell = past.shape
+        self.layout = (2 * layers, heads, cell // (2 * layers * heads))
+        self.parts = past.new_zeros(2 * layers, self.rows, heads, self.columns + spare, self.layout[2])
+        self.parts[:, :, :, : self.columns] = past.unflatten(2, self.layout).permute(2, 0, 3, 1, 4)
+
+    @property
+    def capacity(self) -> int:
+        """Rows that there is memory for; the first `rows` of them are in use."""
+        return self.parts.shape[1]
 
     @property
     def full(self) -> bool:
-        return self.columns == self.parts.shape[2]
+        return self.columns == self.parts.shape[3]
+
+    def put(self, row: int, past: torch.Tensor) -> None:
+        """Give a row to a sequence with cells `past` (tokens, cell); nothing stays of who had it before."""
+        mine = self.parts[:, row]
+        mine.zero_()
+        mine[:, :, self.columns - len(past) : self.columns] = past.unflatten(1, self.layout).permute(
+            1, 2, 0, 3
+        )
+
+    def move(self, row: int, to: int) -> None:
+        self.parts[:, to] = self.parts[:, row]
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Called by each attention layer with (rows, heads, new, size); returns its keys and values, past and new."""
-        _, heads, new, size = keys.shape
-        both = []
-        for i, states in enumerate((keys, values)):
-            mine = self.parts[2 * layer + i][:, : self.columns + new].unflatten(2, (heads, size))
-            mine[:, self.columns :] = states.transpose(1, 2)
-            both.append(mine.transpose(1, 2))
-        return both[0], both[1]
+        end = self.columns + keys.shape[2]
+        mine = self.parts[2 * layer : 2 * layer + 2, : self.rows, :, :end]
+        mine[0, :, :, self.columns :] = keys
+        mine[1, :, :, self.columns :] = values
+        return mine[0], mine[1]
 
     def only(self, rows: slice) -> "Window":
         """The same memory for some of the rows."""
         some = copy.copy(self)
-        some.parts = self.parts[:, rows]
+        some.parts, some.rows = self.parts[:, rows], rows.stop - rows.start
         return some
 
     def fresh(self, new: int) -> torch.Tensor:
         """(rows, new, cell): the cells behind the past, as pages store them."""
-        fresh = self.parts[:, :, self.columns : self.columns + new]
-        return fresh.permute(1, 2, 0, 3).flatten(2)
+        fresh = self.parts[:, : self.rows, :, self.columns : self.columns + new]
+        return fresh.permute(1, 3, 0, 2, 4).flatten(2)
 
 
 class ModelExecutor:
@@ -86,15 +105,20 @@ class ModelExecutor:
         op: how the adapters of a batch are applied (`ops.OPS`), or `auto`: by shape.
     """
 
+    keeps_order = False  # whether the window's rows must lie as `decode` is given them
+
     def __init__(self, model: PreTrainedModel, layout: Layout, pool: Pool, op: str = "auto") -> None:
         check_model(model)
+        self._attach(model, layout, pool)
+        self.step = Step(pool.adapters.data, layout, op)
+        install(model, self.step)
+
+    def _attach(self, model: PreTrainedModel, layout: Layout, pool: Pool) -> None:
         self.model, self.layout, self.pool = model, layout, pool
         self.device, self.dtype = model.device, model.get_input_embeddings().weight.dtype
-        self.step = Step(pool.adapters.data, layout, op)
-        self._rows: tuple[int, ...] = ()  # ids of the sequences in the window
         self._window: Window | None = None
-        self._index: Index | None = None
-        install(model, self.step)
+        self._batch: list = []  # the sequences in the window, by row
+        self._index: Index | None = None  # of the batch
 
     def close(self) -> None:
         uninstall(self.model)
@@ -128,7 +152,7 @@ class ModelExecutor:
             columns[None, :] == columns[past:, None]
         )  # a padding column sees itself, or its softmax would be NaN
         window = self._window_of(past_cells, new)
-        self._use(self._index_of(rows, new), [row.slot for row in rows for _ in range(new)])
+        self._use(self._index_of(rows, new), rows, new)
         logits = self._forward(tokens, positions, (causal & seen[:, None, :]) | own, window)
         real = seen[:, past:].to(self.device)
         self.pool.cells()[new_cells.to(self.device)[real]] = window.fresh(new)[real]
@@ -137,39 +161,73 @@ class ModelExecutor:
     @torch.inference_mode()
     def decode(self, rows: Rows) -> list[int]:
         """One more token for each sequence. The batch should come in slot order: neighbours share an adapter."""
-        ids = tuple(row.id for row in rows)
-        lengths = [row.length - 1 for row in rows]  # cells filled so far; the last token has none yet
-        window = self._window
-        if ids != self._rows or window.full:
-            window = self._gather(rows, lengths)
-        tokens = torch.tensor([[row.tokens[-1]] for row in rows])
+        if self._window is None or self._window.full or not self._join(rows):
+            self._gather(rows)
+        window, batch = self._window, self._batch
+        lengths = [row.length - 1 for row in batch]  # cells filled so far; the last token has none yet
+        tokens = torch.tensor([[row.tokens[-1]] for row in batch])
         positions = torch.tensor(lengths)[:, None]
-        self._use(self._index, [row.slot for row in rows])
-        logits = self._forward(tokens, positions, self._seen[:, None, : window.columns + 1], window)
-        places = torch.tensor([self._place(row, length) for row, length in zip(rows, lengths, strict=True)])
+        self._use(self._index, batch, 1)
+        seen = self._seen[: window.rows, None, : window.columns + 1]
+        logits = self._forward(tokens, positions, seen, window)
+        places = torch.tensor([self._place(row, length) for row, length in zip(batch, lengths, strict=True)])
         self.pool.cells()[places.to(self.device)] = window.fresh(1)[:, 0]
         window.columns += 1
-        return self._sample(logits, rows)
+        said = dict(zip((row.id for row in batch), self._sample(logits, batch), strict=True))
+        return [said[row.id] for row in rows]
 
     def forget(self) -> None:
         """Drop the window: the next decode step gathers anew."""
-        self._rows, self._window = (), None
+        self._window, self._batch = None, []
 
-    def _gather(self, rows: Rows, lengths: list[int]) -> Window:
+    def _gather(self, rows: Rows) -> None:
+        """A new window for these sequences, in this order."""
+        lengths = [row.length - 1 for row in rows]
         past = max(lengths)
         cells = torch.zeros(len(rows), past, dtype=torch.long)
-        seen = torch.ones(len(rows), past + SPARE, dtype=torch.bool)
+        self._seen = torch.ones(len(rows), past + SPARE, dtype=torch.bool)
         for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             cells[i, past - length :] = self._places(row, length)
-            seen[i, : past - length] = False
-        self._window = self._window_of(cells, SPARE)
-        self._rows, self._seen = tuple(row.id for row in rows), seen
+            self._seen[i, : past - length] = False
+        self._window, self._batch = self._window_of(cells, SPARE), list(rows)
         self._index = self._index_of(rows, 1)
-        return self._window
+
+    def _join(self, rows: Rows) -> bool:
+        """Free the rows of who has left and give rows to who is new; False if the window must be gathered anew."""
+        here, known = {row.id for row in rows}, {row.id for row in self._batch}
+        if here == known:
+            return True
+        window, batch = self._window, self._batch
+        new = [row for row in rows if row.id not in known]
+        free = [i for i, row in enumerate(batch) if row.id not in here]
+        longest = max((row.length - 1 for row in new), default=0)
+        if (
+            self.keeps_order
+            or len(rows) > window.capacity
+            or 2 * len(new) > len(rows)
+            or longest > window.columns
+        ):
+            return False
+        for row in new:
+            at, past = free.pop(0) if free else len(batch), row.length - 1
+            batch[at : at + 1] = [row]
+            window.put(at, self.pool.cells()[self._places(row, past).to(self.device)])
+            self._seen[at] = True
+            self._seen[at, : window.columns - past] = False
+        for at in reversed(free):  # no gaps: the last row moves up
+            last = batch.pop()
+            if at < len(batch):
+                batch[at] = last
+                window.move(len(batch), at)
+                self._seen[at] = self._seen[len(batch)]
+        window.rows = len(batch)
+        self._index = self._index_of(batch, 1)
+        return True
 
     def _window_of(self, cells: torch.Tensor, spare: int) -> Window:
         past = self.pool.cells()[cells.to(self.device)]
-        return Window(past, self.model.config.num_hidden_layers, spare)
+        config = self.model.config
+        return Window(past, config.num_hidden_layers, config.num_key_value_heads, spare)
 
     def _places(self, row, count: int) -> torch.Tensor:
         """Rows of `pool.cells()` for the first `count` tokens of a sequence."""
@@ -190,10 +248,12 @@ class ModelExecutor:
             torch.tensor(slots), self.pool.table, contiguous=self.pool.contiguous, device=self.device
         )
 
-    def _use(self, index: Index | None, slots: list) -> None:
+    def _use(self, index: Index | None, rows: Rows, tokens: int) -> None:
+        """Tell the layers who uses what in the next forward pass, of `tokens` tokens for each of `rows`."""
         self.step.index, self.step.gain_page = index, None
-        if any(slot.gain for slot in slots):
-            self.step.gain_page = self.pool.gain_page[[slot.number for slot in slots]].to(self.device)
+        if any(row.slot.gain for row in rows):
+            slots = [row.slot.number for row in rows for _ in range(tokens)]
+            self.step.gain_page = self.pool.gain_page[slots].to(self.device)
 
     def _forward(self, tokens, positions, seen: torch.Tensor, window: Window) -> torch.Tensor:
         """Logits (rows, vocabulary) of the last column. `seen` (rows, new, columns) says who may look where."""

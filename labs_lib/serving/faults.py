@@ -136,18 +136,18 @@ def _stale_index(engine: Engine) -> Iterator[None]:
 )
 def _leftover_index(engine: Engine) -> Iterator[None]:
     executor = engine.executor
-    prefill, gather, last = executor.prefill, executor._gather, []
+    prefill, right, last = executor.prefill, executor._index_of, []
 
     def remember(rows):
+        tokens = prefill(rows)
         last[:] = [SimpleNamespace(slot=rows[-1].slot)]
-        return prefill(rows)
+        return tokens
 
-    def all_alike(rows, lengths):
-        window = gather(rows, lengths)
-        executor._index = executor._index_of(last * len(rows) or rows, 1)
-        return window
+    def all_alike(rows, tokens):
+        decoding = tokens == 1 and last
+        return right(last * len(rows) if decoding else rows, tokens)
 
-    with _replaced(executor, prefill=remember, _gather=all_alike):
+    with _replaced(executor, prefill=remember, _index_of=all_alike):
         yield
 
 

@@ -58,7 +58,20 @@ def dora(model, arm: "Arm", seed: int, steps: int) -> Adapted:
 
 
 def rslora(model, arm: "Arm", seed: int, steps: int) -> Adapted:
-    return peft_lora(model, arm, seed, steps, use_rslora=True)
+    import torch
+
+    from labs_lib.methods.rslora import inject_rslora
+
+    generator = torch.Generator().manual_seed(seed)
+    return Adapted(inject_rslora(model, arm.targets, arm.rank, arm.alpha, generator=generator))
+
+
+def lora_plus(model, arm: "Arm", seed: int, steps: int) -> Adapted:
+    """LoRA with its learning rate for A and `ratio` times that for B; `ratio` is in the arm's options."""
+    from labs_lib.methods.lora_plus import lora_plus_optimizer
+
+    model = lora(model, arm, seed, steps).model
+    return Adapted(model, optimizer=lambda lr: lora_plus_optimizer(model, lr, arm.options["ratio"]))
 
 
 def ia3(model, arm: "Arm", seed: int, steps: int) -> Adapted:
@@ -78,5 +91,5 @@ def peft(model, config, seed: int) -> Adapted:
 
 
 METHODS: "dict[str, Callable[..., Adapted]]" = {
-    each.__name__: each for each in (full, lora, peft_lora, dora, rslora, ia3)
+    each.__name__: each for each in (full, lora, peft_lora, dora, rslora, lora_plus, ia3)
 }

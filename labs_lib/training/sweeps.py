@@ -78,6 +78,33 @@ _QV_R9 = Arm("LoRA r9, q and v", rank=9, alpha=18, targets=("q_proj", "v_proj"))
 _QV_R8 = Arm("LoRA r8, q and v", rank=8, alpha=16, targets=("q_proj", "v_proj"))
 _R2, _R8, _R64 = (Arm(f"LoRA r{r}, all linear", rank=r, alpha=2 * r) for r in (2, 8, 64))
 _FULL = Arm("full fine-tuning", method="full", rates=(3e-4, 1e-3))
+_FACTS_256 = Task("knowledge, 256 facts", "knowledge", steps=150, batch=32, facts=256)
+# Rates for A around 5e-3 / sqrt(ratio), so that the product of both rates is centred alike for every ratio.
+_PLUS_RATES = {
+    1: (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2),
+    2: (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2),
+    4: (6.25e-4, 1.25e-3, 2.5e-3, 5e-3, 1e-2),
+    8: (6.25e-4, 1.25e-3, 2.5e-3, 5e-3, 1e-2),
+    16: (3.125e-4, 6.25e-4, 1.25e-3, 2.5e-3, 5e-3),
+    32: (3.125e-4, 6.25e-4, 1.25e-3, 2.5e-3, 5e-3),
+}
+
+
+def _plus(ratio: int, rates: tuple[float, ...]) -> Arm:
+    return Arm(f"ratio {ratio}", method="lora_plus", rates=rates, options={"ratio": ratio}, curve=True)
+
+
+_SCALING_RATES = {  # each scaling has its best rates elsewhere; both try five
+    "lora": (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
+    "rslora": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+}
+# One arm per point, so that every point of the grid runs with every seed.
+_SCALING_GRID = tuple(
+    Arm(f"{method} r{rank} {rate:g}", method=method, rank=rank, alpha=16, rates=(rate,), curve=True)
+    for method, rates in _SCALING_RATES.items()
+    for rank in (4, 16, 64)
+    for rate in rates
+)
 
 SWEEPS = {
     sweep.name: sweep
@@ -124,6 +151,22 @@ SWEEPS = {
             tasks=(Task("style", "style", steps=60, batch=16, tenant=TENANT),),
             rates=_RATES,
             seeds=5,
+        ),
+        Sweep(
+            name="lora_plus_grid",
+            note="LoRA+ r8 on 256 facts: the rate of A by the ratio of B's rate to it, one seed, to choose rates by.",
+            arms=tuple(_plus(ratio, rates) for ratio, rates in _PLUS_RATES.items()),
+            tasks=(_FACTS_256,),
+            rates=(),
+            seeds=0,
+        ),
+        Sweep(
+            name="rslora",
+            note="256 facts: rank by learning rate under both scalings, alpha 16, three seeds at every point.",
+            arms=_SCALING_GRID,
+            tasks=(replace(_FACTS_256, steps=100),),
+            rates=(),
+            seeds=2,
         ),
     )
 }

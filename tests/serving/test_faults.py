@@ -45,7 +45,7 @@ def test_each_fault_is_caught_by_those_who_claim_it_and_ends_with_its_block(name
         assert all(
             truth.right(result) for result in engine.generate([truth.request("acme"), truth.request("base")])
         )
-        assert not vars(engine.executor).keys() & {"prefill", "decode", "_index_of", "_gather"}
+        assert not vars(engine.executor).keys() & {"prefill", "decode", "_index_of"}
         assert not vars(engine.pool).keys() & {"fill", "clear"}
         assert not vars(engine).keys() & {"_with_lease", "_start"}
         assert not vars(engine.kv).keys() & {"reserve", "share", "drop_idle"}
