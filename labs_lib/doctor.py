@@ -82,7 +82,7 @@ def bitsandbytes() -> Finding:
     """Its 4-bit and 8-bit kernels, tried on 64 numbers on the device at hand."""
     import torch
 
-    from labs_lib.lab import quiet
+    from labs_lib import quiet
 
     quiet.silence()
     where = "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from labs_lib import quiet
 from labs_lib.errors import LabsError
-from labs_lib.lab import quiet
 from labs_lib.lab.profiles import Profile, choose_profile
 
 if TYPE_CHECKING:

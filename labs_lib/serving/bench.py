@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
+from labs_lib import quiet
 from labs_lib.errors import LabsError
-from labs_lib.lab import quiet
 
-SECTIONS = ("decode", "throughput", "scale", "latency", "profile", "twin")
+SECTIONS = ("decode", "threads", "throughput", "scale", "latency", "profile", "twin")
 OPS = ("gather", "tiles", "blocks", "segments", "grouped", "sgmv", "loop")
 TIERS = ("hits", "moved", "loads", "evictions", "drops")
 PROMPT = 32  # tokens of each prompt in the decode section
@@ -49,6 +49,7 @@ class Plan:
     policy: str = "separate"
     device: str = "cpu"
     dtype: str = "float32"
+    threads: int = 1  # of torch on a CPU: steps this small are slower on two, see the section of that name
     seed: int = 0
     sections: tuple[str, ...] = SECTIONS
 
@@ -229,12 +230,7 @@ def decode(bench: Bench, oracle) -> list[dict]:
             built[name].step()
         with _no_collection():
             for _, name in _turns(names, plan.rounds):
-                step = built[name].step
-                step()  # after another arm's turn the processor's caches hold the other arm's numbers
-                started = time.perf_counter()
-                for _ in range(plan.steps):
-                    step()
-                times[name].append((time.perf_counter() - started) / plan.steps)
+                times[name].append(_step_seconds(built[name].step, plan.steps))
         for name, each in ready.items():
             _right(name, oracle.verify(each.finish()))
     rows = []
@@ -252,6 +248,43 @@ def decode(bench: Bench, oracle) -> list[dict]:
             }
         )
     return rows
+
+
+def threads(bench: Bench) -> list[dict]:
+    """A decode step of the base and the engine on one thread and on all: are more of them faster?"""
+    import torch
+
+    plan, counts = bench.plan, sorted({1, os.cpu_count() or 1})
+    if plan.device != "cpu":
+        return []
+    total = len(counts) * plan.rounds * (plan.steps + 1)
+    setup = bench.setup(plan.batch, slots=plan.batch, kv_tokens=plan.batch * (total + 64))
+    cases = [(name, count) for name in ("base", plan.engine) for count in counts]
+    times: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
+    with engines(["base", plan.engine], setup) as built:
+        ready = [Decoding(name, engine, bench, total) for name, engine in built.items()]
+        try:
+            with _no_collection():
+                for _, case in _turns(cases, plan.rounds):
+                    torch.set_num_threads(case[1])
+                    times[case].append(_step_seconds(built[case[0]].step, plan.steps))
+        finally:
+            torch.set_num_threads(plan.threads)
+        for each in ready:
+            each.finish()
+    return [
+        {"section": "threads", "arm": name, "threads": count, "ms": round(1e3 * float(np.median(found)), 4)}
+        for (name, count), found in times.items()
+    ]
+
+
+def _step_seconds(step: Callable[[], object], steps: int) -> float:
+    """Mean of some steps, after one that is not counted: another arm's turn has filled the processor's caches."""
+    step()
+    started = time.perf_counter()
+    for _ in range(steps):
+        step()
+    return (time.perf_counter() - started) / steps
 
 
 # -- whole traces -------------------------------------------------------------------------------------------------
@@ -567,6 +600,8 @@ def _sections(bench: Bench, oracle) -> list[dict]:
         _say(f"section {section}")
         if section == "decode":
             rows += decode(bench, oracle)
+        elif section == "threads":
+            rows += threads(bench)
         elif section == "throughput":
             rows += throughput(bench, oracle)
         elif section == "scale":
@@ -680,7 +715,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default=plan.device, help="default: %(default)s")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=plan.dtype)
-    parser.add_argument("--threads", type=int, default=None, help="of torch (default: torch's own choice)")
+    parser.add_argument("--threads", type=int, default=plan.threads, help="of torch (default: %(default)s)")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas (default: all)")
     parser.add_argument("--quick", action="store_true", help="a minute's look; nothing to publish")
 
@@ -697,15 +732,28 @@ def main(args: argparse.Namespace) -> int:
         if getattr(args, name) is not None
     }
     given |= {"model": args.model, "exponent": args.zipf, "op": args.op, "policy": args.policy}
-    given |= {"device": args.device, "dtype": args.dtype, "sections": tuple(args.only.split(","))}
+    given |= {
+        "threads": args.threads,
+        "device": args.device,
+        "dtype": args.dtype,
+        "sections": tuple(args.only.split(",")),
+    }
     plan = Plan.quick(**given) if args.quick else Plan(**given)
     if (
-        min(plan.adapters, plan.many, plan.rank, plan.batch, plan.slots, plan.requests) < 1
-        or plan.repeats < 1
+        min(
+            plan.adapters,
+            plan.many,
+            plan.rank,
+            plan.batch,
+            plan.slots,
+            plan.requests,
+            plan.repeats,
+            plan.threads,
+        )
+        < 1
     ):
         raise LabsError("All sizes must be at least 1.")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(plan.threads)
     quiet.silence()
     before = _load_average()
     with tempfile.TemporaryDirectory(prefix="labs-bench-") as folder:
@@ -718,7 +766,7 @@ def main(args: argparse.Namespace) -> int:
         rows,
         note="every answer verified token by token against PEFT's merged models"
         + (", quick" if args.quick else ""),
-        provenance={"settings": settings, "threads": torch.get_num_threads(), "load_average": load},
+        provenance={"settings": settings, "load_average": load},
     )
     path = save_record(record, device=plan.device)
     print(f"\nload average before {before}, after {load['after']}, {torch.get_num_threads()} threads")

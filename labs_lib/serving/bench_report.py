@@ -39,6 +39,12 @@ def tables(rows: Sequence[dict]) -> str:
         for row in found:
             label = FOREIGN.get(row["arm"], row["arm"])
             lines += [f"  {label:<34}{row['ms']:>9.2f}  {pm(row, 'of_base'):<20} {pm(row, 'of_peft'):<22}"]
+    if found := of("threads"):
+        lines += ["\nThe same step by threads (ms)"]
+        lines += [
+            f"  {FOREIGN.get(row['arm'], row['arm']):<34}{row['threads']:>4}{row['ms']:>9.2f}"
+            for row in found
+        ]
     for pattern in ("uniform", "zipf"):
         found = [row for row in of("throughput") if row["pattern"] == pattern]
         if found:

@@ -17,8 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from labs_lib import quiet
 from labs_lib.errors import LabsError
-from labs_lib.lab import quiet
 from labs_lib.paths import cache
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 DRAIN_SECONDS = 30
 STALL_SECONDS = 60
+SMALL = 100e6  # parameters
 MAX_CONNECTIONS = 1024  # one more gets 503; each may hold a body of MAX_BODY bytes
 
 
@@ -40,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-remote", action="store_true", help="listen to other machines, without encryption"
     )
     parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        help="of the model on a CPU (default: 1 up to 100 million parameters, whose steps more threads slow down)",
+    )
     parser.add_argument("--slots", type=int, default=32, help="adapters on the device (default: 32)")
     parser.add_argument("--max-rank", type=int, default=16, help="of an adapter (default: 16)")
     parser.add_argument("--max-batch", type=int, default=32, help="requests that run together (default: 32)")
@@ -91,6 +97,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace, listener: socket.socket) -> None:
+    import torch
+
     from labs_lib.models.base import load_base
     from labs_lib.serving.engine import Engine
     from labs_lib.serving.gateway import create_app
@@ -100,6 +108,9 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> None:
 
     root = args.registry or cache() / "registry"
     model, tokenizer = load_base(args.model, device=args.device)
+    threads = args.threads or (1 if model.num_parameters() < SMALL else None)
+    if threads and args.device == "cpu":
+        torch.set_num_threads(threads)
     with (
         Registry(root, Layout.of(model), args.max_rank) as registry,
         Engine(

@@ -10,8 +10,9 @@ import numpy
 import pytest
 import torch
 
+from labs_lib import quiet
 from labs_lib.errors import LabsError
-from labs_lib.lab import profiles, quiet
+from labs_lib.lab import profiles
 from labs_lib.lab.setup import Lab, available_cores, setup
 from labs_lib.measure import context
 

@@ -27,7 +27,9 @@ def test_a_window_holds_what_it_was_given_and_hands_back_what_is_new():
     for layer in range(LAYERS):
         keys, values = window.update(states[2 * layer], states[2 * layer + 1], layer)
         assert keys.shape == values.shape == (2, HEADS, 6, SIZE)
-        assert torch.equal(keys[:, :, 5:], states[2 * layer]) and torch.equal(values[:, :, 5:], states[2 * layer + 1])
+        assert torch.equal(keys[:, :, 5:], states[2 * layer]) and torch.equal(
+            values[:, :, 5:], states[2 * layer + 1]
+        )
     assert torch.equal(window.fresh(1), new)
 
 

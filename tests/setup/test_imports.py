@@ -29,7 +29,7 @@ ROOMS = {
     "training": {"methods", "models", "world", "measure"},
     "serving": {"methods", "models", "world", "measure"},
 }
-GROUND = {"errors", "paths", "__version__"}
+GROUND = {"errors", "paths", "quiet", "__version__"}
 
 
 def imports(path: Path, package: Path = PACKAGE) -> set[str]:
