@@ -652,8 +652,11 @@ def load(plan: Plan):
     """The model: a base by its name, or `random:HIDDENxLAYERS` for one of real size with random weights."""
     import torch
 
-    from labs_lib.models.base import load_base
+    from labs_lib.models.base import SIZES, load_base
 
+    quiet.hub(
+        wanted=not (plan.model in SIZES or plan.model.startswith("random:") or Path(plan.model).is_dir())
+    )
     dtype = getattr(torch, plan.dtype)
     if not plan.model.startswith("random:"):
         return load_base(plan.model, dtype=dtype, device=plan.device)[0]

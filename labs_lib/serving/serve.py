@@ -99,13 +99,14 @@ def main(args: argparse.Namespace) -> int:
 def _serve(args: argparse.Namespace, listener: socket.socket) -> None:
     import torch
 
-    from labs_lib.models.base import load_base
+    from labs_lib.models.base import SIZES, load_base
     from labs_lib.serving.engine import Engine
     from labs_lib.serving.gateway import create_app
     from labs_lib.serving.layout import Layout
     from labs_lib.serving.registry import Registry
     from labs_lib.serving.watch import Watch
 
+    quiet.hub(wanted=args.model not in SIZES and not Path(args.model).is_dir())
     root = args.registry or cache() / "registry"
     model, tokenizer = load_base(args.model, device=args.device)
     threads = args.threads or (1 if model.num_parameters() < SMALL else None)
