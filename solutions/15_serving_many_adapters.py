@@ -339,6 +339,7 @@ predict_crossover = check(predict_crossover, "lab15.predict_crossover")
 # %%
 from labs_lib.serving.opbench import bench
 
+torch.set_num_threads(1)  # products this small are slower on two threads: `labs bench serving` measures both
 names, counts = ("loop", "gather", "segments", "blocks"), lab.grid([8, 16, 32, 64, 128, 256])
 points = {}
 for width in (128, 512):
@@ -610,6 +611,8 @@ slora = (
     "S-LoRA stores all adapters in the main memory and fetches the adapters used by the currently running queries to "
     "the GPU memory."
 )
+
+# %%
 least = {"over a hundred": 100, "thousands": 1000}
 counts_said = {when: next(n for word, n in least.items() if word in text) for when, text in lorax.items()}
 names_said = {text.split(" is ")[0].partition(" (")[0].casefold() for text in lorax.values()}

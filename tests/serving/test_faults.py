@@ -151,6 +151,9 @@ def test_provenance_is_a_claim_and_no_proof():
 
 def test_a_good_test_scores():
     def mixed_batch(engine, truth):
+        engine.generate(
+            [truth.request(name) for name in ("acme", "bolt")]
+        )  # loaded, so that all start together
         names = ["acme", "base", "bolt", "base"]
         return not all(
             truth.right(result) for result in engine.generate([truth.request(name) for name in names])

@@ -1,5 +1,7 @@
 """What /metrics tells after a known day's work."""
 
+import threading
+
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -66,7 +68,11 @@ def test_a_days_work_is_in_the_metrics(house):
     assert seen["labs_engine_waiting",] == seen["labs_engine_running",] == 0
 
 
-def test_a_client_that_went_away_is_counted(house):
+def test_a_client_that_went_away_is_counted(house, monkeypatch):
+    """The engine waits after the first token, so that it cannot be done before the client has gone."""
+    gone, executor = threading.Event(), house.engine.executor
+    decode = executor.decode
+    monkeypatch.setattr(executor, "decode", lambda rows: gone.wait(30) and decode(rows))
     before = scrape(house).get(("labs_requests_total", "aborted", "acme"), 0)
     stream = house.openai("acme").completions.create(
         model="acme", prompt=PROMPT, max_tokens=400, stream=True, extra_body={"ignore_eos": True}
@@ -74,6 +80,7 @@ def test_a_client_that_went_away_is_counted(house):
     next(iter(stream))
     stream.close()
     eventually(lambda: scrape(house).get(("labs_requests_total", "aborted", "acme"), 0) == before + 1)
+    gone.set()
     assert scrape(house)["labs_inflight_requests", "acme"] == 0
 
 

@@ -26,6 +26,7 @@ SECONDS = 30  # more is a hang
 PUBLIC = {"/health"}
 ADMINS = {
     "/metrics",
+    "/admin/isolation",
     "/admin/tenants",
     "/admin/tenants/{name}/rollback",
     "/v1/load_lora_adapter",
