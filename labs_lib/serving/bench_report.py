@@ -157,6 +157,8 @@ def _called(arm: str) -> str:
 
 
 def _decode_panel(ax, rows: Sequence[dict]) -> str:
+    from matplotlib.ticker import LogLocator
+
     rows = sorted(rows, key=lambda row: -row["ms"])
     names = [_called(row["arm"]) for row in rows]
     colors = ["C0" if row["arm"].startswith("engine") else "#5F5F5F" for row in rows]
@@ -174,6 +176,7 @@ def _decode_panel(ax, rows: Sequence[dict]) -> str:
     ax.set_xscale("log")
     ax.margins(x=0.12)
     ax.grid(visible=False)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.minorticks_off()
     _plain(ax.xaxis)
     ax.set_xlabel("milliseconds of a decode step (log scale)")
