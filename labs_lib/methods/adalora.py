@@ -16,7 +16,8 @@ from torch import nn
 
 from labs_lib.methods.lora import target_names
 
-EPSILON = 1e-5  # PEFT divides by rank + 1e-5, so that a layer that is left with no rank does not divide by zero
+# PEFT divides by rank + 1e-5, so that a layer that is left with no rank does not divide by zero.
+EPSILON = 1e-5
 FACTORS = ("lora_A", "lora_E", "lora_B")
 
 
@@ -30,7 +31,7 @@ class SVDLinear(nn.Module):
     1. __init__ (kept): A and B random with standard deviation 0.02, E zero, so that the update starts as nothing.
     2. delta: the update as a matrix (out, in): B @ (A * E), scaled by alpha / (rank + EPSILON).
     3. forward: base(x) plus the scaled update of dropout(x): through (A * E) first, then B. While merged: base(x).
-    4. merge adds delta() to the base weight, once; unmerge takes it out.
+    4. merge: add delta() to the base weight, once.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0, generator=None):  # keep
@@ -59,12 +60,6 @@ class SVDLinear(nn.Module):
         if not self.merged:
             self.base.weight += self.delta()
             self.merged = True
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        if self.merged:
-            self.base.weight -= self.delta()
-            self.merged = False
 
 
 def smoothed_importance(
@@ -161,12 +156,22 @@ class RankAllocator:
     """Scores every rank of the model after each step, and zeroes the E of those over the budget.
 
     Call `step(number)`, counted from 1, after optimizer.step() and before zero_grad(): it reads the gradients.
-    A rank that was zeroed still gets a gradient and may come back, until the last `final` steps.
+    A rank that was zeroed still gets a gradient and may come back, until the last `final` steps. The three functions
+    are its parts; a learner's own go in their place.
     """
 
     def __init__(
-        self, model: nn.Module, target: int, schedule: Schedule, beta1: float = 0.85, beta2: float = 0.85
+        self,
+        model: nn.Module,
+        target: int,
+        schedule: Schedule,
+        beta1: float = 0.85,
+        beta2: float = 0.85,
+        importance: Callable = smoothed_importance,
+        budget: Callable = rank_budget,
+        keep: Callable = keep_best,
     ):
+        self.importance, self.budget, self.keep = importance, budget, keep
         self.layers, self.schedule, self.betas = svd_layers(model), schedule, (beta1, beta2)
         self.start = sum(layer.rank for layer in self.layers.values())
         self.target = target * len(self.layers)
@@ -178,12 +183,11 @@ class RankAllocator:
         last = self.schedule.total - self.schedule.final
         if number < last:
             self._observe()
-        budget = rank_budget(
-            number, self.start, self.target, self.schedule.total, self.schedule.warmup, self.schedule.final
-        )
+        total, warmup, final = self.schedule.total, self.schedule.warmup, self.schedule.final
+        budget = self.budget(number, self.start, self.target, total, warmup, final)
         due = number > self.schedule.warmup and number % self.schedule.interval == 0
         if number == last or (number < last and due):
-            self.kept = keep_best(self.scores(), budget)
+            self.kept = self.keep(self.scores(), budget)
         if self.kept and (number >= last or due):
             for name, kept in self.kept.items():
                 self.layers[name].lora_E.masked_fill_(~kept[:, None], 0.0)
@@ -195,7 +199,7 @@ class RankAllocator:
                 if weight.grad is None:
                     raise ValueError(f"{name}.{factor} has no gradient: call step() before zero_grad().")
                 old = self.averages.get((name, factor)) or (torch.zeros_like(weight),) * 2
-                self.averages[name, factor] = smoothed_importance(weight, weight.grad, *old, *self.betas)
+                self.averages[name, factor] = self.importance(weight, weight.grad, *old, *self.betas)
 
     def scores(self) -> dict[str, torch.Tensor]:
         """One number per rank: the score of its E plus the mean score of its row of A and of its column of B."""
@@ -227,19 +231,23 @@ def inject_adalora(
     alpha: float,
     dropout: float = 0.0,
     generator: torch.Generator | None = None,
+    layer: Callable[..., nn.Module] = SVDLinear,
 ) -> nn.Module:
-    """Freeze `model` and wrap its target layers in SVDLinear of the starting rank, in place; returns the model."""
+    """Freeze `model` and wrap its target layers in SVDLinear of the starting rank, in place; returns the model.
+
+    `layer` is what wraps a linear layer: a learner's own SVDLinear, for instance.
+    """
     if svd_layers(model):
         raise ValueError("This model already carries AdaLoRA layers: call merge_adalora first.")
     if rank < 1:
         raise ValueError(f"rank is the number of rows of A, so at least 1: got {rank}.")
     layers = {
-        name: SVDLinear(model.get_submodule(name), rank, alpha, dropout, generator)
+        name: layer(model.get_submodule(name), rank, alpha, dropout, generator)
         for name in target_names(model, targets)
     }
     model.requires_grad_(False)
-    for name, layer in layers.items():
-        _replace(model, name, layer)
+    for name, wrapped in layers.items():
+        _replace(model, name, wrapped)
     return model
 
 

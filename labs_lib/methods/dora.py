@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from labs_lib.methods.lora import init_lora, lora_delta, lora_layers, target_names
+from labs_lib.methods.lora import LoRALinear, lora_delta, lora_layers, target_names
 
 
 def decompose(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,27 +48,57 @@ def dora_weight(
     return (magnitude / torch.linalg.norm(V, dim=1))[:, None] * V
 
 
-class DoRALinear(nn.Module):
+class DoRAParts(LoRALinear):
+    """What a DoRA layer keeps, and how it merges; DoRALinear, below, computes with it.
+
+    lora_A, lora_B and lora_magnitude_vector (out,) train. `kept_gain` is the gain while it must not be computed
+    again: after merging, and inside kept_gains.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        generator: torch.Generator | None = None,
+        detach: bool = True,
+    ) -> None:
+        super().__init__(base, rank, alpha, dropout, generator)
+        lengths = torch.linalg.norm(base.weight.detach().to(self.lora_A.dtype), dim=1)
+        self.lora_magnitude_vector = nn.Parameter(lengths)
+        self.detach, self.kept_gain = detach, None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put the weight that DoRA stands for in the base's place: gain * (W + (alpha / rank) B A)."""
+        if not self.merged:
+            self.kept_gain, self.merged = self.gain(), True
+            update = lora_delta(self.lora_A, self.lora_B, self.alpha, self.rank)
+            self.base.weight.copy_(self.kept_gain[:, None] * (self.base.weight + update))
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Divide by that gain and take the update out: equal to rounding, unless a magnitude is zero."""
+        if self.merged:
+            update = lora_delta(self.lora_A, self.lora_B, self.alpha, self.rank)
+            self.base.weight.copy_(self.base.weight / self.kept_gain[:, None] - update)
+            self.kept_gain, self.merged = None, False
+
+
+class DoRALinear(DoRAParts):
     """A frozen linear layer whose rows turn by a low-rank update and have trained lengths.
 
-    Takes x (..., in) to (..., out), as `base` does. lora_A, lora_B and lora_magnitude_vector (out,) train.
+    Takes x (..., in) to (..., out), as `base` does. The layer keeps base, lora_A (rank, in), lora_B (out, rank),
+    lora_magnitude_vector (out,), rank, alpha, dropout (a module), detach, merged and kept_gain.
     Source: Liu et al. 2024, equation 5; `detach` is section 4.3: in backward a row's length is a constant.
 
     Steps:
     1. gain: magnitude / length of each row of V = W + (alpha / rank) B A. With `detach`, detach the length.
-    2. forward: base(x) + (gain - 1) * plain + gain * (alpha / rank) B A x, where plain is W x without the bias.
-       Dropout acts on the x of both added terms, so while it does, plain needs a pass through W of its own.
-    3. merge: gain * V takes the base weight's place, once; unmerge: divide by that gain, subtract the update.
+    2. forward: base(x) + (gain - 1) * plain + gain * (alpha / rank) B A x, where plain is W x without the bias;
+       while merged, base(x) alone; where kept_gain is not None, it stands in for the gain.
+    3. Dropout acts on the x of both added terms: while it does, plain takes a pass through W of its own.
     """
-
-    def __init__(self, base, rank, alpha, dropout=0.0, generator=None, detach=True) -> None:  # keep
-        super().__init__()
-        A, B = init_lora(base.in_features, base.out_features, rank, generator)
-        dtype = torch.promote_types(base.weight.dtype, torch.float32)  # never train in half precision
-        self.lora_A, self.lora_B = (nn.Parameter(each.to(base.weight.device, dtype)) for each in (A, B))
-        self.lora_magnitude_vector = nn.Parameter(torch.linalg.norm(base.weight.detach().to(dtype), dim=1))
-        self.base, self.dropout = base.requires_grad_(False), nn.Dropout(dropout)
-        self.rank, self.alpha, self.detach, self.merged, self.kept_gain = rank, alpha, detach, False, None
 
     def gain(self) -> torch.Tensor:
         V = self.base.weight + lora_delta(self.lora_A, self.lora_B, self.alpha, self.rank)
@@ -80,27 +110,13 @@ class DoRALinear(nn.Module):
         if self.merged:
             return y
         x = self.dropout(x.to(self.lora_A.dtype))
-        if self.training and self.dropout.p:
+        if self.training and isinstance(self.dropout, nn.Dropout):
             plain = F.linear(x, self.base.weight.to(x.dtype))
         else:
             plain = y if self.base.bias is None else y - self.base.bias
         update = F.linear(F.linear(x, self.lora_A), self.lora_B) * (self.alpha / self.rank)
         gain = self.gain() if self.kept_gain is None else self.kept_gain
         return (y + (gain - 1) * plain + gain * update).to(y.dtype)
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        if not self.merged:
-            self.kept_gain, self.merged = self.gain(), True
-            update = lora_delta(self.lora_A, self.lora_B, self.alpha, self.rank)
-            self.base.weight.copy_(self.kept_gain[:, None] * (self.base.weight + update))
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        if self.merged:
-            update = lora_delta(self.lora_A, self.lora_B, self.alpha, self.rank)
-            self.base.weight.copy_(self.base.weight / self.kept_gain[:, None] - update)
-            self.kept_gain, self.merged = None, False
 
 
 def inject_dora(
@@ -111,8 +127,9 @@ def inject_dora(
     dropout: float = 0.0,
     generator: torch.Generator | None = None,
     detach: bool = True,
+    kind: type[nn.Module] = DoRALinear,
 ) -> nn.Module:
-    """Freeze `model` and put a DoRALinear in place of each target layer, in place; returns the model.
+    """Freeze `model` and put a DoRALinear (or your own `kind`) in place of each target layer; returns the model.
 
     As inject_lora, whose helpers also serve here: lora_layers finds these layers, merge_lora and remove_lora take
     them out. A quantised layer is an error: the length of its rows needs its weights (PEFT dequantises them in
@@ -122,15 +139,16 @@ def inject_dora(
         raise ValueError("This model already carries adapter layers: call merge_lora or remove_lora first.")
     names = target_names(model, targets)
     for name in names:
-        if not model.get_submodule(name).weight.is_floating_point():
+        weight = model.get_submodule(name).weight
+        if not weight.is_floating_point():
             raise ValueError(f"{name} is quantised: DoRA on a quantised base is PEFT's (use_dora=True).")
+        if not weight.is_meta and not weight.any(dim=1).all():
+            raise ValueError(f"{name} has a row of zeros, which has no direction: leave that layer out.")
     layers = {
-        name: DoRALinear(model.get_submodule(name), rank, alpha, dropout, generator, detach) for name in names
+        name: kind(model.get_submodule(name), rank, alpha, dropout, generator, detach) for name in names
     }
     model.requires_grad_(False)
     for name, layer in layers.items():
-        for parameter in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
-            parameter.requires_grad_(True)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
     return model

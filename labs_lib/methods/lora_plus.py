@@ -30,28 +30,29 @@ def feature_change(
 def lora_plus_groups(model: nn.Module, lr: float, ratio: float, weight_decay: float = 0.0) -> list[dict]:
     """Parameter groups for any torch optimiser: A learns at `lr`, B at `lr * ratio`.
 
-    Only what requires a gradient is in a group. A is every matrix that is not a B. Vectors (DoRA's magnitudes, say)
-    learn at B's rate and do not decay.
-    Source: Hayou et al. 2024, section 4; groups as in the authors' code and PEFT.
+    Only what requires a gradient is in a group. Vectors (DoRA's magnitudes, say) go with B, every other matrix goes
+    with A, and biases do not decay.
+    Source: Hayou et al. 2024, section 4; the groups are those of the authors' code and PEFT.
 
     Steps:
     1. Refuse a ratio that is not positive (ValueError).
     2. Go through model.named_parameters(), leaving out what is frozen.
-    3. Sort: a vector goes into the third group, another parameter whose name contains "lora_B" into the second,
-       the rest into the first.
-    4. Give each group its "params", "lr" and "weight_decay", in this order: A, B, vectors. Leave out empty groups.
+    3. Sort: a name with "bias" in it goes into the third group; a vector, or a name with "lora_B" in it, into the
+       second; the rest into the first.
+    4. Give each group its "params", "lr" and "weight_decay": the second and third have B's rate, the third no decay.
+       Leave out empty groups.
     """
     if ratio <= 0:
         raise ValueError(f"ratio is B's learning rate over A's, so above 0: got {ratio}.")
-    first, second, vectors = [], [], []
+    first, second, biases = [], [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            group = vectors if parameter.ndim == 1 else second if "lora_B" in name else first
-            group.append(parameter)
+            with_b = "lora_B" in name or parameter.ndim == 1
+            (biases if "bias" in name else second if with_b else first).append(parameter)
     groups = [
         {"params": first, "lr": lr, "weight_decay": weight_decay},
         {"params": second, "lr": lr * ratio, "weight_decay": weight_decay},
-        {"params": vectors, "lr": lr * ratio, "weight_decay": 0.0},
+        {"params": biases, "lr": lr * ratio, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

@@ -119,7 +119,7 @@ def test_loading_continues_training(tiny_llama, batch, tmp_path):
     "settings, named",
     [
         ({"use_dora": True}, "use_dora"),
-        ({"use_rslora": True}, "use_rslora"),
+        ({"use_rslora": True, "alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),

@@ -1,0 +1,198 @@
+"""(IA)3 from scratch: three learned vectors per block, which turn up or down what the block computes anyway.
+
+Nothing is added to a weight: keys, values and the inner activations of the FFN are multiplied, number by number. A
+vector on outputs is (out, 1), one on inputs (1, in), so that either times the (out, in) weight is the merged weight.
+Names on disk and the order of operations are PEFT's.
+
+Source: Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
+arXiv:2205.05638, section 3.3.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from labs_lib.methods.lora import target_names
+
+TARGETS = ("k_proj", "v_proj", "down_proj")  # keys, values, and the last layer of the FFN
+FEEDFORWARD = ("down_proj",)  # its input is what the paper scales
+EPSILON = 1e-8  # PEFT divides by ia3_l + 1e-8 when it unmerges
+SMALLEST = 1e-4  # below this the division comes back with an error of more than EPSILON / 1e-4 = 0.01 percent
+
+
+class IA3Linear(nn.Module):
+    """A frozen linear layer with a trained factor on each of its outputs, or, for the FFN, on each of its inputs.
+
+    Takes x (..., in) to (..., out), as `base` does. Only `ia3_l` trains; all ones change nothing.
+    Source: Liu et al. 2022, section 3.3: l_k K, l_v V and l_ff f(W1 x), the last of which is the input of W2.
+
+    Steps:
+    1. __init__: freeze `base`; ia3_l is a parameter of ones, (1, in) if `feedforward`, else (out, 1).
+    2. forward: base(x * l) if `feedforward`, else base(x) * l, where l is ia3_l as a plain row of numbers.
+    3. merge: multiply the weight by ia3_l in place, once. scaled_tensors(self) gives the pairs (tensor, factor): a
+       scaled output has a scaled bias too.
+    4. unmerge: divide by factor + EPSILON, which comes near the old weight and no nearer.
+    """
+
+    def __init__(self, base: nn.Linear, feedforward: bool = False) -> None:
+        super().__init__()
+        shape = (1, base.in_features) if feedforward else (base.out_features, 1)
+        dtype = torch.promote_types(base.weight.dtype, torch.float32)  # never train in half precision
+        self.ia3_l = nn.Parameter(torch.ones(shape, device=base.weight.device, dtype=dtype))
+        self.base, self.feedforward, self.merged = base.requires_grad_(False), feedforward, False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.merged:
+            return self.base(x)
+        if self.feedforward:
+            return self.base((x * self.ia3_l.flatten()).to(x.dtype))
+        y = self.base(x)
+        return (y * self.ia3_l.flatten()).to(y.dtype)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        if not self.merged:
+            for tensor, factor in scaled_tensors(self):
+                tensor.mul_(factor)
+            self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        if self.merged:
+            for tensor, factor in scaled_tensors(self):
+                tensor.div_(factor + EPSILON)
+            self.merged = False
+
+
+def scaled_tensors(layer: IA3Linear) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What merging multiplies, with the factors in its shape: the weight and, where outputs are scaled, the bias."""
+    pairs = [(layer.base.weight, layer.ia3_l)]
+    if layer.base.bias is not None and not layer.feedforward:
+        pairs.append((layer.base.bias, layer.ia3_l.flatten()))
+    return pairs
+
+
+def ia3_targets(
+    model: nn.Module, targets: str | Sequence[str] = TARGETS, feedforward: Sequence[str] = FEEDFORWARD
+) -> dict[str, bool]:
+    """Full names of the layers to scale, in the model's order; True: on the inputs, False: on the outputs.
+
+    `targets` and `feedforward` as in lora.target_names. What `feedforward` names and `targets` does not is an error:
+    PEFT leaves a name that it does not find, or a misspelt one, on the outputs without a word.
+
+    Steps:
+    1. The names that `targets` means and, unless it is empty, those that `feedforward` means: target_names.
+    2. A name among the latter that is not among the former is a ValueError.
+    3. Say for each target whether it is among the latter.
+    """
+    names = target_names(model, targets)
+    inputs = target_names(model, feedforward) if feedforward else []
+    if stray := [name for name in inputs if name not in names]:
+        raise ValueError(
+            f"feedforward names {stray[0]}, which is not among the targets: add it there, or pass feedforward=()."
+        )
+    return {name: name in inputs for name in names}
+
+
+def count_ia3(
+    model: nn.Module, targets: str | Sequence[str] = TARGETS, feedforward: Sequence[str] = FEEDFORWARD
+) -> int:
+    """How many numbers (IA)3 would train in this model, from the shapes alone: a model on "meta" will do.
+
+    Steps:
+    1. Go through ia3_targets(model, targets, feedforward); model.get_submodule(name) gives the layer.
+    2. A layer scaled on its inputs has in_features numbers, the others have out_features. Add them up.
+    """
+    total = 0
+    for name, inputs in ia3_targets(model, targets, feedforward).items():
+        layer = model.get_submodule(name)
+        total += layer.in_features if inputs else layer.out_features
+    return total
+
+
+def inject_ia3(
+    model: nn.Module,
+    targets: str | Sequence[str] = TARGETS,
+    feedforward: Sequence[str] = FEEDFORWARD,
+    kind: type[nn.Module] = IA3Linear,
+) -> nn.Module:
+    """Freeze `model` and put an IA3Linear (or your own `kind`) in place of each target; returns the model.
+
+    `targets` and `feedforward` as in ia3_targets. Bad ones are an error that leaves the model as it was.
+
+    Steps:
+    1. Make a `kind`(layer, feedforward) for each layer that ia3_targets lists.
+    2. Freeze every parameter of the model.
+    3. Put each wrapper in its layer's place: setattr on the parent, model.get_submodule(name of the parent).
+    """
+    if ia3_layers(model):
+        raise ValueError("This model already carries (IA)3 layers: call merge_ia3 or remove_ia3 first.")
+    scaled = ia3_targets(model, targets, feedforward)
+    layers = {name: kind(model.get_submodule(name), inputs) for name, inputs in scaled.items()}
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        layer.ia3_l.requires_grad_(True)
+        _replace(model, name, layer)
+    return model
+
+
+def ia3_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The wrapped layers by name, told by what they carry, not class: a learner's own IA3Linear counts."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "ia3_l", None), nn.Parameter)
+    }
+
+
+def merge_ia3(model: nn.Module) -> nn.Module:
+    """Fold every vector into its base weight and take the wrappers away, in place; returns the plain model.
+
+    Refuses a weight that two modules share (tied embeddings: merging would change both) and a quantised one.
+    """
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    layers = ia3_layers(model)
+    for name, layer in layers.items():
+        if owners[id(layer.base.weight)] > 1:
+            raise ValueError(
+                f"{name} shares its weight with another module: merging would change both. Untie them."
+            )
+        if not layer.base.weight.is_floating_point():
+            raise ValueError(f"{name} is quantised: dequantise the base model before merging into it.")
+    for name, layer in layers.items():
+        layer.merge()
+        _replace(model, name, layer.base)
+    return model
+
+
+def remove_ia3(model: nn.Module) -> nn.Module:
+    """Take the wrappers away without their vectors, in place: the (still frozen) base model, returned.
+
+    Exact as long as nothing was merged. From a merged layer the base comes back by division, so nearly; where a
+    factor is next to nothing it does not come back, and that is an error which leaves the model as it was.
+    """
+    layers = ia3_layers(model)
+    for name, layer in layers.items():
+        if getattr(layer, "merged", False) and (layer.ia3_l.detach().abs() < SMALLEST).any():
+            raise ValueError(
+                f"{name} is merged, and a factor next to zero has erased weights: load the base again."
+            )
+    for name, layer in layers.items():
+        if getattr(layer, "merged", False):
+            layer.unmerge()
+        _replace(model, name, layer.base)
+    return model
+
+
+def ia3_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under PEFT's names on disk: base_model.model.<layer>.ia3_l, (out, 1) or (1, in)."""
+    return {
+        f"base_model.model.{name}.ia3_l": layer.ia3_l.detach() for name, layer in ia3_layers(model).items()
+    }
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
