@@ -127,6 +127,20 @@ def perplexity(model, tokenizer, rows, batch_size: int = 64) -> float:
     return exp(sum(nats for nats, _ in losses) / sum(tokens for _, tokens in losses))
 
 
+def divergence(model, other, tokenizer, rows, batch_size: int = 64) -> float:
+    """Mean KL divergence of `other` from `model`, in nats per completion token: how differently they predict."""
+    from torch.nn.functional import kl_div
+
+    nats, tokens = 0.0, 0
+    pairs = [list(_completion_logits(each, tokenizer, rows, batch_size)) for each in (model, other)]
+    for (logits, labels), (others, _) in zip(*pairs, strict=True):
+        scored = labels != -100
+        logs = [each[scored].double().log_softmax(-1) for each in (logits, others)]
+        nats += kl_div(logs[1], logs[0], reduction="sum", log_target=True).item()
+        tokens += scored.sum().item()
+    return nats / tokens
+
+
 def accuracy(
     model, tokenizer, rows, labels: Sequence[str] = (" good", " bad"), batch_size: int = 256
 ) -> list[float]:

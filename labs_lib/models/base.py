@@ -42,7 +42,8 @@ def base_config(size: str):
     )
 
 
-def _quantisation(kind: str | None):
+def _quantisation(kind: str | None, skip: tuple[str, ...] = ()):
+    """The library's settings for `kind`; layers named in `skip` stay as they are (4 bits only)."""
     if kind is None:
         return None
     import torch
@@ -54,6 +55,7 @@ def _quantisation(kind: str | None):
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.float32,
+            llm_int8_skip_modules=["lm_head", *skip],
         )
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -73,7 +75,8 @@ def load_base(
             folder in hub layout, or a hub id.
         dtype: weights' type; float32 by default.
         device: where the weights go.
-        quantise: None, `nf4` (4-bit NormalFloat with double quantisation) or `int8`, by bitsandbytes.
+        quantise: None, `nf4` (4-bit NormalFloat with double quantisation) or `int8`, by bitsandbytes. On CPU, 4-bit
+            layers compute in float32.
 
     Returns:
         (model in eval mode, tokenizer padding on the left).
@@ -116,17 +119,24 @@ def _verified(size: str) -> Path:
 
 def _load(source: Path | str, dtype, device: str, quantise: str | None):
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    skip = ()
+    if quantise == "nf4" and getattr(AutoConfig.from_pretrained(source), "intermediate_size", 0) % 64:
+        skip = ("down_proj",)  # bitsandbytes 0.50 on CPU garbles rows that are no whole number of blocks
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(
         source,
         dtype=dtype or torch.float32,
-        quantization_config=_quantisation(quantise),
+        quantization_config=_quantisation(quantise, skip),
         use_safetensors=True,
     )
     if quantise is None:
         model = model.to(device)
+    for module in model.modules() if quantise == "nf4" else ():
+        # bitsandbytes 0.50 on CPUs with AVX512-BF16 would compute in bfloat16 in eval mode, and repack the weights for
+        # it in place, which breaks merging and training afterwards: float32 everywhere instead.
+        module.support_avx512bf16_for_cpu = False
     return model.eval(), tokenizer

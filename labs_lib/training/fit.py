@@ -90,6 +90,8 @@ def fit(
         )
     if not len(data["prompt"]):
         raise LabsError("Nothing to train on: the dataset has no rows.")
+    if getattr(model, "is_quantized", False):
+        model._hf_peft_config_loaded = True  # else the Trainer refuses adapters that are not PEFT's
     rows = encode_rows(tokenizer, data["prompt"], data["completion"])
     on_gpu = next(model.parameters()).is_cuda
 

@@ -78,6 +78,9 @@ _QV_R9 = Arm("LoRA r9, q and v", rank=9, alpha=18, targets=("q_proj", "v_proj"))
 _QV_R8 = Arm("LoRA r8, q and v", rank=8, alpha=16, targets=("q_proj", "v_proj"))
 _R2, _R8, _R64 = (Arm(f"LoRA r{r}, all linear", rank=r, alpha=2 * r) for r in (2, 8, 64))
 _FULL = Arm("full fine-tuning", method="full", rates=(3e-4, 1e-3))
+_QLORA_R8 = Arm("QLoRA r8, all linear", method="qlora", quantise="nf4")
+_FACTS_512 = Task("knowledge, 512 facts", "knowledge", steps=150, batch=64, facts=512)
+_STYLE = Task("style", "style", steps=60, batch=16, tenant=TENANT)
 _FACTS_256 = Task("knowledge, 256 facts", "knowledge", steps=150, batch=32, facts=256)
 # Rates for A around 5e-3 / sqrt(ratio), so that the product of both rates is centred alike for every ratio.
 _PLUS_RATES = {
@@ -94,17 +97,37 @@ def _plus(ratio: int, rates: tuple[float, ...]) -> Arm:
     return Arm(f"ratio {ratio}", method="lora_plus", rates=rates, options={"ratio": ratio}, curve=True)
 
 
+# The rate of A with which each ratio came first to a loss of 1 nat in the grid (ties: the lower final loss).
+_PLUS_BEST = {1: 5e-3, 2: 5e-3, 4: 2.5e-3, 8: 1.25e-3, 16: 6.25e-4, 32: 6.25e-4}
+
 _SCALING_RATES = {  # each scaling has its best rates elsewhere; both try five
     "lora": (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
     "rslora": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
 }
-# One arm per point, so that every point of the grid runs with every seed.
-_SCALING_GRID = tuple(
-    Arm(f"{method} r{rank} {rate:g}", method=method, rank=rank, alpha=16, rates=(rate,), curve=True)
-    for method, rates in _SCALING_RATES.items()
-    for rank in (4, 16, 64)
-    for rate in rates
-)
+_SCALING_NEAR = {  # the best of the grid and its neighbours, by rank
+    "lora": dict.fromkeys((4, 16, 64), (2e-3, 4e-3, 8e-3, 1.6e-2)),
+    "rslora": {4: (2e-3, 4e-3, 8e-3), 16: (1e-3, 2e-3, 4e-3, 8e-3), 64: (1e-3, 2e-3, 4e-3)},
+}
+
+
+def _scaling(method: str, rank: int, rate: float, **more) -> Arm:
+    """One point of a grid as an arm of its own, so that every point runs with every seed."""
+    return Arm(f"{method} r{rank} {rate:g}", method, rank, alpha=16, rates=(rate,), curve=True, **more)
+
+
+_ADA_RATES = (3e-3, 1e-2, 3e-2, 6e-2, 1e-1)  # AdaLoRA wants more than LoRA
+
+
+def _ada(init: int, rank: int) -> Arm:
+    """AdaLoRA that starts with `init` ranks in every layer and keeps `rank` of them on average."""
+    return Arm(
+        f"AdaLoRA r{init} to r{rank}, all linear",
+        method="adalora",
+        rank=rank,
+        alpha=2 * init,
+        options={"init": init},
+    )
+
 
 SWEEPS = {
     sweep.name: sweep
@@ -153,6 +176,41 @@ SWEEPS = {
             seeds=5,
         ),
         Sweep(
+            name="dora",
+            note="DoRA against LoRA at equal rank and targets, 8 paired seeds: same start of A, same batches.",
+            arms=(_R8, Arm("DoRA r8, all linear", method="dora")),
+            tasks=(_FACTS_512, _STYLE),
+            rates=(2e-3, 3e-3, 5e-3, 7e-3, 1e-2),
+            seeds=8,
+        ),
+        Sweep(
+            name="dora_half_rank",
+            note="DoRA at rank 16 against LoRA at rank 32, paired seeds; alpha = 2 r.",
+            arms=(
+                Arm("LoRA r32, all linear", rank=32, alpha=64),
+                Arm("DoRA r16, all linear", method="dora", rank=16, alpha=32),
+            ),
+            tasks=(_FACTS_512,),
+            rates=(2e-3, 3e-3, 5e-3),
+            seeds=5,
+        ),
+        Sweep(
+            name="qlora",
+            note="QLoRA r8: LoRA on the base in NF4 with double quantisation, and what each way to merge it does.",
+            arms=(_QLORA_R8,),
+            tasks=(_FACTS_512,),
+            rates=_RATES,
+            seeds=5,
+        ),
+        Sweep(
+            name="qlora_style",
+            note="QLoRA r8 on one tenant's style, and what each way to merge it does.",
+            arms=(_QLORA_R8,),
+            tasks=(_STYLE,),
+            rates=_RATES,
+            seeds=5,
+        ),
+        Sweep(
             name="lora_plus_grid",
             note="LoRA+ r8 on 256 facts: the rate of A by the ratio of B's rate to it, one seed, to choose rates by.",
             arms=tuple(_plus(ratio, rates) for ratio, rates in _PLUS_RATES.items()),
@@ -161,12 +219,111 @@ SWEEPS = {
             seeds=0,
         ),
         Sweep(
+            name="lora_plus",
+            note="LoRA+ r8 on 256 facts: every ratio at the rate that its row of the grid chose, fresh seeds.",
+            arms=(
+                *(_plus(ratio, (rate,)) for ratio, rate in _PLUS_BEST.items()),
+                replace(_FULL, rates=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), curve=True),
+            ),
+            tasks=(_FACTS_256,),
+            rates=(),
+            seeds=5,
+        ),
+        Sweep(
+            name="lora_plus_style",
+            note="LoRA+ r8, ratio 8, on the style task of sweep_tune_lora_style.",
+            arms=(_plus(8, (3.125e-4, 6.25e-4, 1.25e-3, 2.5e-3, 5e-3)),),
+            tasks=(Task("style", "style", steps=60, batch=16, tenant=TENANT),),
+            rates=(),
+            seeds=5,
+        ),
+        Sweep(
+            name="rslora_grid",
+            note="256 facts: rank by learning rate under both scalings, alpha 16, one seed.",
+            arms=tuple(
+                _scaling(method, rank, rate)
+                for method, rates in _SCALING_RATES.items()
+                for rank in (4, 16, 64)
+                for rate in rates
+            ),
+            tasks=(replace(_FACTS_256, steps=100),),
+            rates=(),
+            seeds=0,
+        ),
+        Sweep(
             name="rslora",
-            note="256 facts: rank by learning rate under both scalings, alpha 16, three seeds at every point.",
-            arms=_SCALING_GRID,
+            note="The best points of rslora_grid and their neighbours, three seeds.",
+            arms=tuple(
+                _scaling(method, rank, rate)
+                for method, near in _SCALING_NEAR.items()
+                for rank, rates in near.items()
+                for rate in rates
+            ),
             tasks=(replace(_FACTS_256, steps=100),),
             rates=(),
             seeds=2,
+        ),
+        Sweep(
+            name="rslora_sgd",
+            note="rsLoRA on 256 facts by SGD with momentum 0.9: rank by learning rate, three seeds.",
+            arms=tuple(
+                _scaling("rslora", rank, rate, options={"momentum": 0.9})
+                for rank in (4, 64)
+                for rate in (2.5e-2, 5e-2, 1e-1, 2e-1, 4e-1)
+            ),
+            tasks=(replace(_FACTS_256, steps=100),),
+            rates=(),
+            seeds=2,
+        ),
+        Sweep(
+            name="rslora_flag",
+            note="use_rslora switched on in the tuned LoRA r8 of tune_lora and tune_lora_style, all else equal.",
+            arms=(Arm("rsLoRA r8, LoRA's alpha and rate", method="rslora", rates=(5e-3,)),),
+            tasks=(
+                Task("knowledge, 512 facts", "knowledge", steps=150, batch=64, facts=512),
+                Task("style", "style", steps=60, batch=16, tenant=TENANT),
+            ),
+            rates=(),
+            seeds=5,
+        ),
+        Sweep(
+            name="adalora",
+            note="512 facts: AdaLoRA at the final budgets of LoRA r2 and r8, its form without pruning, all weights.",
+            arms=(
+                _ada(3, 2),
+                _ada(12, 8),
+                replace(_ada(8, 8), name="SVD form r8, never pruned", options={"init": 8, "prune": False}),
+                replace(_FULL, rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
+            ),
+            tasks=(_FACTS_512,),
+            rates=_ADA_RATES,
+            seeds=5,
+        ),
+        Sweep(
+            name="adalora_planted",
+            note="One block damaged by noise of rank 2, twice its weights' norm; AdaLoRA relearns what the base knew.",
+            arms=(
+                replace(_ada(4, 2), name="no block damaged"),
+                *(
+                    replace(
+                        _ada(4, 2),
+                        name=f"block {block} damaged",
+                        options={"init": 4, "plant": {"block": block, "size": 2.0, "rank": 2}},
+                    )
+                    for block in range(4)
+                ),
+            ),
+            tasks=(Task("repair", "retention", steps=60, batch=16),),
+            rates=(3e-2,),
+            seeds=5,
+        ),
+        Sweep(
+            name="adalora_style",
+            note="One tenant's style: AdaLoRA at the final budget of LoRA r2.",
+            arms=(_ada(3, 2),),
+            tasks=(_STYLE,),
+            rates=_ADA_RATES,
+            seeds=3,
         ),
     )
 }

@@ -81,6 +81,25 @@ def test_accuracy_follows_the_likelier_label(model, tokenizer):
     assert quality.accuracy(model, tokenizer, rows) == [1.0, 0.0]
 
 
+def test_divergence_is_zero_from_itself_and_by_hand_from_a_uniform_model(model, tokenizer):
+    import copy
+
+    assert quality.divergence(model, copy.deepcopy(model), tokenizer, ROWS) == 0
+    uniform = copy.deepcopy(model)
+    with torch.no_grad():
+        uniform.lm_head.weight.zero_()
+    expected, tokens = 0.0, 0
+    for prompt, completion in zip(ROWS["prompt"], ROWS["completion"], strict=True):
+        (row,) = quality.encode_rows(tokenizer, [prompt], [completion])
+        scored = [label != -100 for label in row["labels"][1:]]
+        with torch.no_grad():
+            logs = model(torch.tensor([row["input_ids"]])).logits[0, :-1][scored].double().log_softmax(-1)
+        expected += (logs.exp() * (logs + torch.log(torch.tensor(float(len(tokenizer)))))).sum().item()
+        tokens += sum(scored)
+    assert quality.divergence(model, uniform, tokenizer, ROWS) == pytest.approx(expected / tokens, rel=1e-5)
+    assert torch.is_grad_enabled()
+
+
 def test_recall_needs_every_token(model, tokenizer):
     always(model, tokenizer, " good")
     rows = {"prompt": ["Review:"], "completion": [" good"]}
