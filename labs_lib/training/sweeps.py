@@ -252,7 +252,7 @@ SWEEPS = {
         ),
         Sweep(
             name="rslora",
-            note="The best points of rslora_grid and their neighbours, three seeds.",
+            note="The best points of rslora_grid and their neighbours, five seeds.",
             arms=tuple(
                 _scaling(method, rank, rate)
                 for method, near in _SCALING_NEAR.items()
@@ -261,19 +261,19 @@ SWEEPS = {
             ),
             tasks=(replace(_FACTS_256, steps=100),),
             rates=(),
-            seeds=2,
+            seeds=4,
         ),
         Sweep(
             name="rslora_sgd",
-            note="rsLoRA on 256 facts by SGD with momentum 0.9: rank by learning rate, three seeds.",
+            note="rsLoRA on 256 facts by SGD with momentum 0.9: rank by learning rate, five seeds.",
             arms=tuple(
-                _scaling("rslora", rank, rate, options={"momentum": 0.9})
-                for rank in (4, 64)
-                for rate in (2.5e-2, 5e-2, 1e-1, 2e-1, 4e-1)
+                _scaling("rslora", rank, lowest * 2**k, options={"momentum": 0.9})
+                for rank, lowest in ((4, 6.25e-3), (64, 2.5e-2))
+                for k in range(5)
             ),
             tasks=(replace(_FACTS_256, steps=100),),
             rates=(),
-            seeds=2,
+            seeds=4,
         ),
         Sweep(
             name="rslora_flag",
