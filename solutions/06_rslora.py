@@ -389,8 +389,8 @@ for method, label in names.items():
     for rank, each in zip(shown, runs, strict=True):
         ax.plot([rank] * len(each), each, "_", color=plain["color"], markersize=10)
 log_axis(ax, RANKS)
-ax.set_ylim(0.15, 3)
-log_axis(ax, [0.25, 0.5, 1, 2], "y")
+ax.set_ylim(0.15, 6)
+log_axis(ax, [0.25, 0.5, 1, 2, 4], "y")
 ax.legend(loc="lower left", fontsize=8.5)
 title = f"Rank 4 to 64: LoRA's best rate moves {change['lora']:.2f} x, rsLoRA's {change['rslora']:.2f} x"
 finding(ax, title, "rank", "best rate over that at rank 4")
