@@ -9,7 +9,7 @@ from torch import nn
 
 from labs_lib.errors import LabsError
 from labs_lib.methods.adalora import FACTORS, inject_adalora, svd_layers
-from labs_lib.methods.io import PREFIX, _short_names
+from labs_lib.methods.io import PREFIX, short_names
 
 
 def save_adalora(
@@ -44,7 +44,7 @@ def save_adalora(
         "target_r": first.rank if target is None else target,
         "lora_alpha": first.alpha,
         "lora_dropout": getattr(first.dropout, "p", 0.0),
-        "target_modules": _short_names(model, list(layers)),
+        "target_modules": short_names(model, list(layers)),
         "rank_pattern": {f"{name}.lora_E": mask.tolist() for name, mask in kept.items()} or None,
         "total_step": 1,  # PEFT refuses a config without it; only training reads it
         "bias": "none",

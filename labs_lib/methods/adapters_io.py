@@ -19,7 +19,7 @@ from labs_lib.methods.adapters import (
     sublayer_names,
 )
 from labs_lib.methods.ia3 import IA3Linear, ia3_layers, ia3_state_dict, inject_ia3
-from labs_lib.methods.io import PREFIX, _short_names, read_folder, write_folder
+from labs_lib.methods.io import PREFIX, read_folder, short_names, write_folder
 from labs_lib.methods.llama_adapter import (
     attention_layers,
     inject_llama_adapter,
@@ -37,7 +37,7 @@ def save_ia3(model: nn.Module, directory: str | Path, base: str | None = None) -
         )
     inputs = [name for name, layer in layers.items() if layer.feedforward]
     targets, feedforward = (
-        _short_names(model, list(layers)),
+        short_names(model, list(layers)),
         sorted({name.rpartition(".")[2] for name in inputs}),
     )
     meant = [name for name in layers if name.endswith(tuple(feedforward))]

@@ -53,7 +53,7 @@ def _write_adapter(model: nn.Module, directory: str | Path, base: str | None, te
         "r": first.rank,
         "lora_alpha": first.alpha,
         "lora_dropout": getattr(getattr(first, "dropout", None), "p", 0.0),
-        "target_modules": _short_names(model, list(layers)),
+        "target_modules": short_names(model, list(layers)),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -194,7 +194,7 @@ def _beyond_plain_lora(config: dict) -> list[str]:
     return beyond
 
 
-def _short_names(model: nn.Module, names: list[str]) -> list[str]:
+def short_names(model: nn.Module, names: list[str]) -> list[str]:
     """The usual target_modules (q_proj, v_proj) where they mean exactly these layers, else full names."""
     short = sorted({name.rpartition(".")[2] for name in names})
     meant = [
