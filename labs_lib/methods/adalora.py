@@ -7,7 +7,6 @@ outputs, gradients and the ranks that are pruned agree step by step.
 Source: Zhang et al. 2023, "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv:2303.10512.
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from labs_lib.methods.lora import target_names
+from labs_lib.methods.modules import check_mergeable, replace
 
 # PEFT divides by rank + 1e-5, so that a layer that is left with no rank does not divide by zero.
 EPSILON = 1e-5
@@ -247,7 +247,7 @@ def inject_adalora(
     }
     model.requires_grad_(False)
     for name, wrapped in layers.items():
-        _replace(model, name, wrapped)
+        replace(model, name, wrapped)
     return model
 
 
@@ -270,21 +270,9 @@ def penalise(model: nn.Module, weight: float = 0.5) -> Callable[[], None]:
 
 def merge_adalora(model: nn.Module) -> nn.Module:
     """Fold every update into its base weight and take the wrappers away, in place; returns the plain model."""
-    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     layers = svd_layers(model)
-    for name, layer in layers.items():
-        if owners[id(layer.base.weight)] > 1:
-            raise ValueError(
-                f"{name} shares its weight with another module: merging would change both. Untie them."
-            )
-        if not layer.base.weight.is_floating_point():
-            raise ValueError(f"{name} is quantised: dequantise the base model before merging into it.")
+    check_mergeable(model, layers)
     for name, layer in layers.items():
         layer.merge()
-        _replace(model, name, layer.base)
+        replace(model, name, layer.base)
     return model
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

@@ -1,6 +1,5 @@
 """An AdaLoRA adapter on disk in PEFT's format: pruned ranks are left out of the file, and the config says which."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from torch import nn
 
 from labs_lib.errors import LabsError
 from labs_lib.methods.adalora import FACTORS, inject_adalora, svd_layers
-from labs_lib.methods.io import PREFIX, short_names
+from labs_lib.methods.io import PREFIX, read_folder, short_names, write_folder
 
 
 def save_adalora(
@@ -24,8 +23,6 @@ def save_adalora(
     `kept` is RankAllocator.kept, the ranks that survived; without it all are written. `target` is the average rank
     that was asked for, which the config only reports.
     """
-    from safetensors.torch import save_file
-
     layers = svd_layers(model)
     if not layers:
         raise LabsError("This model carries no AdaLoRA layers: call inject_adalora first.")
@@ -50,12 +47,7 @@ def save_adalora(
         "bias": "none",
         "inference_mode": True,
     }
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    return directory
+    return write_folder(directory, config, tensors)
 
 
 def load_adalora(model: nn.Module, directory: str | Path) -> nn.Module:
@@ -63,16 +55,7 @@ def load_adalora(model: nn.Module, directory: str | Path) -> nn.Module:
 
     The layers come back with the ranks that were kept; the scale is still that of the rank they started from.
     """
-    from safetensors.torch import load_file
-
-    directory = Path(directory)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (directory / name).is_file():
-            raise LabsError(f"{directory} is not a saved adapter: {name} is missing.")
-    config = json.loads((directory / "adapter_config.json").read_text())
-    if config.get("peft_type") != "ADALORA":
-        raise LabsError(f"The adapter at {directory} is {config.get('peft_type')}, not ADALORA.")
-    tensors = load_file(directory / "adapter_model.safetensors")
+    config, tensors = read_folder(directory, "ADALORA")
     names = sorted({key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors})
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     for name in names:

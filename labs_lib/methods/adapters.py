@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from labs_lib.methods.modules import replace
+
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 # where in a block, and what an adapter there reads: the sub-layer's output, or (parallel) the sub-layer's input
 PLACEMENTS = {
@@ -214,7 +216,7 @@ def inject_adapters(
     model.requires_grad_(False)
     for each, adapter in made.items():
         if each not in adapted_sublayers(model):
-            _replace(model, each, sublayer(model.get_submodule(each)))
+            replace(model, each, sublayer(model.get_submodule(each)))
         site = model.get_submodule(each)
         weight = next(site.base.parameters())
         site.adapters[name] = adapter.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
@@ -300,7 +302,7 @@ def remove_adapters(model: nn.Module) -> nn.Module:
     There is no merging: between down and up lies an activation, and no weight of the model can stand for that.
     """
     for name, site in adapted_sublayers(model).items():
-        _replace(model, name, site.base)
+        replace(model, name, site.base)
     return model
 
 
@@ -329,8 +331,3 @@ def _check(model: nn.Module, placement: str, name: str, options: dict) -> None:
         raise ValueError(
             f"An adapter cannot be called {name!r}: take letters, digits and _, and no method of a dict."
         )
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

@@ -8,13 +8,13 @@ Source: Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and
 arXiv:2205.05638, section 3.3.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from labs_lib.methods.lora import target_names
+from labs_lib.methods.modules import check_mergeable, replace
 
 TARGETS = ("k_proj", "v_proj", "down_proj")  # keys, values, and the last layer of the FFN
 FEEDFORWARD = ("down_proj",)  # its input is what the paper scales
@@ -134,7 +134,7 @@ def inject_ia3(
     model.requires_grad_(False)
     for name, layer in layers.items():
         layer.ia3_l.requires_grad_(True)
-        _replace(model, name, layer)
+        replace(model, name, layer)
     return model
 
 
@@ -152,18 +152,11 @@ def merge_ia3(model: nn.Module) -> nn.Module:
 
     Refuses a weight that two modules share (tied embeddings: merging would change both) and a quantised one.
     """
-    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     layers = ia3_layers(model)
-    for name, layer in layers.items():
-        if owners[id(layer.base.weight)] > 1:
-            raise ValueError(
-                f"{name} shares its weight with another module: merging would change both. Untie them."
-            )
-        if not layer.base.weight.is_floating_point():
-            raise ValueError(f"{name} is quantised: dequantise the base model before merging into it.")
+    check_mergeable(model, layers)
     for name, layer in layers.items():
         layer.merge()
-        _replace(model, name, layer.base)
+        replace(model, name, layer.base)
     return model
 
 
@@ -182,7 +175,7 @@ def remove_ia3(model: nn.Module) -> nn.Module:
     for name, layer in layers.items():
         if getattr(layer, "merged", False):
             layer.unmerge()
-        _replace(model, name, layer.base)
+        replace(model, name, layer.base)
     return model
 
 
@@ -191,8 +184,3 @@ def ia3_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
         f"base_model.model.{name}.ia3_l": layer.ia3_l.detach() for name, layer in ia3_layers(model).items()
     }
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

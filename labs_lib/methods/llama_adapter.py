@@ -11,6 +11,8 @@ arXiv:2303.16199, section 3. There the gate has one number per head, in PEFT and
 import torch
 from torch import nn
 
+from labs_lib.methods.modules import replace
+
 MODELS = ("llama", "mistral", "qwen2")  # whose queries are nothing but q_proj and a rotation
 
 
@@ -119,7 +121,7 @@ def inject_llama_adapter(
     for name, layer in wrapped.items():
         layer.adaption_prompt.requires_grad_(True)
         layer.adaption_gate.requires_grad_(True)
-        _replace(model, name, layer)
+        replace(model, name, layer)
     return model
 
 
@@ -146,7 +148,7 @@ def remove_llama_adapter(model: nn.Module) -> nn.Module:
     There is no merging: what the prompts add depends on the query, and no weight of the model can stand for that.
     """
     for name, layer in prompted_layers(model).items():
-        _replace(model, name, layer.base)
+        replace(model, name, layer.base)
     return model
 
 
@@ -157,8 +159,3 @@ def llama_adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
         for name, layer in prompted_layers(model).items()
         for tensor in ("adaption_prompt", "adaption_gate")
     }
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

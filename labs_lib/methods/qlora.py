@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from labs_lib.methods.lora import LoRALinear, lora_delta, lora_layers, target_names
+from labs_lib.methods.modules import replace
 
 OUTERMOST = 0.9677083  # the quantile of the outermost value: the mean of 1 - 1/(2 * 15) and 1 - 1/(2 * 16)
 
@@ -216,7 +217,7 @@ def inject_qlora(
             layer = NF4Linear(layer, block)
         if name in adapted:
             layer = LoRALinear(layer, rank, alpha, dropout, generator)
-        _replace(model, name, layer)
+        replace(model, name, layer)
     return model
 
 
@@ -239,13 +240,8 @@ def merge_qlora(model: nn.Module, four_bit: bool) -> nn.Module:
         if base.bias is not None:
             linear.bias = nn.Parameter(base.bias.detach().clone(), requires_grad=False)
         back = four_bit and isinstance(base, NF4Linear)
-        _replace(model, name, NF4Linear(linear, base.block) if back else linear)
+        replace(model, name, NF4Linear(linear, base.block) if back else linear)
     return model
-
-
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
 
 
 def bits_per_weight(block: int = 64, double: int | None = 256) -> float:

@@ -4,7 +4,6 @@ Both are one tensor, prompt_embeddings: (tokens, width) of a soft prompt, (token
 A projection is never written: what is saved is what it gives.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from labs_lib.errors import LabsError
+from labs_lib.methods.io import read_folder, write_folder
 from labs_lib.methods.prefix_tuning import DirectPrefix, PrefixTuning, prefix_shape
 from labs_lib.methods.prompt_tuning import PromptTuning, check_base, leave_base_out
 
@@ -73,8 +73,6 @@ def _plain(base: nn.Module) -> nn.Module:
 
 
 def _write(model, directory, base: str | None, kind: str, tensor: torch.Tensor, more: dict) -> Path:
-    from safetensors.torch import save_file
-
     config = {
         "peft_type": kind,
         "task_type": "CAUSAL_LM",
@@ -85,30 +83,12 @@ def _write(model, directory, base: str | None, kind: str, tensor: torch.Tensor, 
         "inference_mode": True,
         **more,
     }
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {"prompt_embeddings": tensor.detach().cpu().contiguous()}
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    return directory
+    return write_folder(directory, config, {"prompt_embeddings": tensor.detach()})
 
 
 def _read(base: nn.Module, directory: str | Path, kind: str, width: int) -> torch.Tensor:
     """The one tensor of an adapter of this kind, once it fits: (tokens, width)."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    directory = Path(directory)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (directory / name).is_file():
-            raise LabsError(f"{directory} is not a saved adapter: {name} is missing.")
-    try:
-        config = json.loads((directory / "adapter_config.json").read_text())
-        tensors = load_file(directory / "adapter_model.safetensors")
-    except (ValueError, SafetensorError) as error:
-        raise LabsError(f"The adapter at {directory} is damaged ({error}): save or copy it again.") from error
-    if config.get("peft_type") != kind:
-        raise LabsError(f"The adapter at {directory} is {config.get('peft_type')}, not {kind}.")
+    config, tensors = read_folder(directory, kind)
     if config.get("num_transformer_submodules", 1) != 1 or set(tensors) != {"prompt_embeddings"}:
         raise LabsError(
             f"The adapter at {directory} is more than one tensor for a causal model: load it with PEFT."
