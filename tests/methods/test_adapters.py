@@ -27,7 +27,9 @@ from labs_lib.methods.adapters import (
     use_adapters,
 )
 from labs_lib.methods.adapters_io import load_adapter, save_adapter
-from labs_lib.methods.lora import target_names, trainable_parameters
+from labs_lib.methods.lora import trainable_parameters
+
+from .parity import assert_close, assert_same, logits, quantised, weights
 
 FUNCTIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 ENDS = {"houlsby": ["self_attn", "mlp"], "pfeiffer": ["mlp"], "parallel": ["mlp"]}
@@ -43,26 +45,6 @@ def noisy(model, name="default", seed=3):
 
 def inject(model, placement="pfeiffer", name="default", bottleneck=5, seed=3, **options):
     return noisy(inject_adapters(model, bottleneck, placement, name, **options), name, seed)
-
-
-def weights(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_same(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def assert_close(ours, theirs, atol=1e-6):
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=atol, msg=name)
-
-
-@torch.no_grad()
-def logits(model, batch):
-    return model(input_ids=batch["input_ids"]).logits
 
 
 # --- the reference: a stock model, its sub-layers' outputs changed by hooks
@@ -254,20 +236,6 @@ def test_half_precision_base_keeps_its_dtype_and_trains_in_float32(tiny_llama, b
     output.loss.backward()
     assert output.logits.dtype == torch.bfloat16
     assert {p.grad.dtype for p in trainable_parameters(model)} == {torch.float32}
-
-
-def quantised(model):
-    """The model with its attention and MLP weights in NF4, as load_base(quantise="nf4") has them."""
-    from bitsandbytes.nn import Linear4bit
-
-    for name in target_names(model, "all-linear"):
-        old = model.get_submodule(name)
-        new = Linear4bit(old.in_features, old.out_features, bias=False, quant_type="nf4")
-        new.load_state_dict(old.state_dict())
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new.to("cpu"))  # .to() is what quantises
-    model.is_loaded_in_4bit = True
-    return model
 
 
 def test_on_a_quantised_base_the_adapters_are_float32_and_train(tiny_llama, batch):

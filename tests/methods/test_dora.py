@@ -26,6 +26,8 @@ from labs_lib.methods.lora import (
     trainable_parameters,
 )
 
+from .parity import logits, weights
+
 QV = ["q_proj", "v_proj"]
 
 
@@ -39,15 +41,6 @@ def shake(model, seed=3):
                 1 + 0.2 * torch.rand(layer.lora_magnitude_vector.shape, generator=generator)
             )
     return model
-
-
-@torch.no_grad()
-def logits(model, batch):
-    return model(input_ids=batch["input_ids"]).logits
-
-
-def weights(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def close(ours, theirs, tolerance=1e-6):

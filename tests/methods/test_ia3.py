@@ -21,7 +21,9 @@ from labs_lib.methods.ia3 import (
     merge_ia3,
     remove_ia3,
 )
-from labs_lib.methods.lora import target_names, trainable_parameters
+from labs_lib.methods.lora import trainable_parameters
+
+from .parity import assert_close, assert_same, logits, quantised, weights
 
 KV = ["k_proj", "v_proj"]
 USUAL = (["k_proj", "v_proj", "down_proj"], ["down_proj"])
@@ -51,26 +53,6 @@ def biased_llama():
         if name.endswith("bias"):
             nn.init.normal_(parameter, std=0.1)
     return lambda: copy.deepcopy(model)
-
-
-def weights(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_same(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def assert_close(ours, theirs, atol=1e-6):
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=atol, msg=name)
-
-
-@torch.no_grad()
-def logits(model, batch):
-    return model(input_ids=batch["input_ids"]).logits
 
 
 # --- the pieces
@@ -300,20 +282,6 @@ def test_ten_training_steps_equal_pefts(biased_llama, batch):
     assert_same(ia3_state_dict(ours), peft_vectors(theirs))
     assert all(not torch.equal(before[key], value) for key, value in ia3_state_dict(ours).items())
     assert_same(weights(remove_ia3(ours)), weights(biased_llama()))  # the base is untouched
-
-
-def quantised(model):
-    """The model with its attention and MLP weights in NF4, as load_base(quantise="nf4") has them."""
-    from bitsandbytes.nn import Linear4bit
-
-    for name in target_names(model, "all-linear"):
-        old = model.get_submodule(name)
-        new = Linear4bit(old.in_features, old.out_features, bias=False, quant_type="nf4")
-        new.load_state_dict(old.state_dict())
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new.to("cpu"))  # .to() is what quantises
-    model.is_loaded_in_4bit = True
-    return model
 
 
 def test_on_a_quantised_base_ours_is_pefts_and_merging_is_refused(tiny_llama, batch):

@@ -10,6 +10,8 @@ from labs_lib.errors import LabsError
 from labs_lib.methods.io import load_lora, read_adapter, save_lora
 from labs_lib.methods.lora import inject_lora, lora_layers, lora_state_dict
 
+from .parity import logits
+
 TARGETS = [["q_proj", "v_proj"], "all-linear", ["layers.1.self_attn.q_proj", "layers.0.mlp.up_proj"]]
 
 
@@ -38,11 +40,6 @@ def peft_adapted(tiny_llama, **kwargs):
         if ".lora_" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
-
-
-@torch.no_grad()
-def logits(model, batch):
-    return model(input_ids=batch["input_ids"]).logits
 
 
 @pytest.mark.parametrize("targets", TARGETS, ids=str)

@@ -22,6 +22,8 @@ from labs_lib.methods.lora import (
     trainable_parameters,
 )
 
+from .parity import assert_same, quantised, weights
+
 QV = ["q_proj", "v_proj"]
 
 
@@ -32,15 +34,6 @@ def fill_b(model, seed=3):
         with torch.no_grad():
             layer.lora_B.copy_(0.1 * torch.randn(layer.lora_B.shape, generator=generator))
     return model
-
-
-def weights(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_same(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 # --- the pieces
@@ -375,20 +368,6 @@ def test_the_same_random_stream_gives_pefts_a(tiny_llama):
         A, B = init_lora(layer.in_features, layer.out_features, rank=4)
         torch.testing.assert_close(A, theirs[f"base_model.model.{name}.lora_A.weight"], rtol=1e-6, atol=0)
         assert torch.equal(B, theirs[f"base_model.model.{name}.lora_B.weight"])
-
-
-def quantised(model):
-    """The model with its attention and MLP weights in NF4, as load_base(quantise="nf4") has them."""
-    from bitsandbytes.nn import Linear4bit
-
-    for name in target_names(model, "all-linear"):
-        old = model.get_submodule(name)
-        new = Linear4bit(old.in_features, old.out_features, bias=False, quant_type="nf4")
-        new.load_state_dict(old.state_dict())
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new.to("cpu"))  # .to() is what quantises
-    model.is_loaded_in_4bit = True
-    return model
 
 
 def test_on_a_quantised_base_it_is_qlora_and_merging_is_refused(tiny_llama, batch):
