@@ -477,7 +477,7 @@ def draw_rates():
         what = {FACTS: "Facts", STYLE: "Style"}[task]
         word = f"QLoRA {gaps[task].value:+.0f} points to LoRA" if told else "QLoRA and LoRA not told apart"
         finding(ax, f"{what}: {word}", "learning rate", "score (%)")
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="lower right")
     listed = "; ".join(f"{task}: QLoRA minus LoRA {gap}" for task, gap in gaps.items())
     show(
         fig,

@@ -250,7 +250,7 @@ def decode(bench: Bench, oracle) -> list[dict]:
     return rows
 
 
-def threads(bench: Bench) -> list[dict]:
+def threads(bench: Bench, oracle) -> list[dict]:
     """A decode step of the base and the engine on one thread and on all: are more of them faster?"""
     import torch
 
@@ -262,7 +262,7 @@ def threads(bench: Bench) -> list[dict]:
     cases = [(name, count) for name in ("base", plan.engine) for count in counts]
     times: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
     with engines(["base", plan.engine], setup) as built:
-        ready = [Decoding(name, engine, bench, total) for name, engine in built.items()]
+        ready = {name: Decoding(name, engine, bench, total) for name, engine in built.items()}
         try:
             with _no_collection():
                 for _, case in _turns(cases, plan.rounds):
@@ -270,8 +270,8 @@ def threads(bench: Bench) -> list[dict]:
                     times[case].append(_step_seconds(built[case[0]].step, plan.steps))
         finally:
             torch.set_num_threads(plan.threads)
-        for each in ready:
-            each.finish()
+        for name, each in ready.items():
+            _right(name, oracle.verify(each.finish()))
     return [
         {"section": "threads", "arm": name, "threads": count, "ms": round(1e3 * float(np.median(found)), 4)}
         for (name, count), found in times.items()
@@ -601,7 +601,7 @@ def _sections(bench: Bench, oracle) -> list[dict]:
         if section == "decode":
             rows += decode(bench, oracle)
         elif section == "threads":
-            rows += threads(bench)
+            rows += threads(bench, oracle)
         elif section == "throughput":
             rows += throughput(bench, oracle)
         elif section == "scale":

@@ -62,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.01,
         metavar="SHARE",
-        help="of the answers, replayed on merged weights and compared; 0 is off (default: 0.01)",
+        help="of the answers, replayed on merged weights and compared, for which two more copies of the base are kept; "
+        "0 is off (default: 0.01)",
     )
     parser.add_argument(
         "--canaries",
@@ -81,6 +82,10 @@ def main(args: argparse.Namespace) -> int:
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         if find_spec(package) is None:
             raise LabsError(f"{package} is not installed: `pip install -e '.[serve]'`.")
+    if args.canaries < 0 or not 0 <= args.oracle <= 1 or (args.threads is not None and args.threads < 1):
+        raise LabsError(
+            "--oracle takes a share from 0 to 1, --canaries 0 or more seconds, --threads 1 or more."
+        )
     if not (args.allow_remote or is_loopback(args.host)):
         raise LabsError(
             f"{args.host} is not this machine alone, and the server speaks plain HTTP: put a proxy with TLS before it, "

@@ -154,9 +154,6 @@ class Tiers:
         self.watch("host", loaded.adapter, tenant)
         return None
 
-    def take_failure(self, adapter: str) -> Exception | None:
-        return self.failed.pop(adapter, None)
-
     def acquire(self, adapter: str | None, tenant: str) -> Slot | None:
         """A reference to the adapter's slot, moving it onto the device if it is in host memory; None if not now."""
         if adapter is None:

@@ -22,7 +22,6 @@ from labs_lib.serving.pool import Pool
 from labs_lib.serving.replay import Run, replay
 from labs_lib.serving.scheduler import Queue
 from labs_lib.serving.tiers import HostAdapter
-from labs_lib.serving.types import Request
 from labs_lib.serving.workload import Trace
 
 # What a cost is made of; each is a number of seconds per unit.
@@ -222,15 +221,6 @@ def recording(engine: Engine) -> Iterator[Log]:
         del engine.step, engine.submit  # the class's own show again
         if read is not None:
             tiers.loader._read = read
-
-
-def calibrate(
-    engine: Engine, requests: Sequence[Request], at=None, *, outstanding: int | None = None
-) -> Costs:
-    """Costs fitted to a replay of the requests on a real engine. Warm it up first."""
-    with recording(engine) as log:
-        replay(engine, requests, at, outstanding=outstanding)
-    return log.fit()
 
 
 # -- simulating -------------------------------------------------------------------------------------------------------

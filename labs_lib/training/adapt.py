@@ -42,17 +42,6 @@ def lora(model, arm: "Arm", seed: int, steps: int) -> Adapted:
     return Adapted(inject_lora(model, arm.targets, arm.rank, arm.alpha, generator=generator))
 
 
-def peft_lora(model, arm: "Arm", seed: int, steps: int, **more) -> Adapted:
-    """PEFT's LoRA with any of its switches."""
-    from peft import LoraConfig
-
-    targets = arm.targets if isinstance(arm.targets, str) else list(arm.targets)
-    config = LoraConfig(
-        task_type="CAUSAL_LM", r=arm.rank, lora_alpha=arm.alpha, target_modules=targets, **more, **arm.options
-    )
-    return peft(model, config, seed)
-
-
 def dora(model, arm: "Arm", seed: int, steps: int) -> Adapted:
     """Our DoRA; with the same seed it starts from the same A as LoRA does, so that paired runs share it."""
     import torch
@@ -170,5 +159,5 @@ def peft(model, config, seed: int) -> Adapted:
 
 
 METHODS: "dict[str, Callable[..., Adapted]]" = {
-    each.__name__: each for each in (full, lora, peft_lora, dora, rslora, lora_plus, adalora, qlora, ia3)
+    each.__name__: each for each in (full, lora, dora, rslora, lora_plus, adalora, qlora, ia3)
 }

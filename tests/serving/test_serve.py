@@ -44,6 +44,12 @@ def test_a_port_that_is_none_is_told(port):
         serve.main(arguments("--port", port))
 
 
+@pytest.mark.parametrize("wrong", [("--oracle", "2"), ("--canaries", "-1"), ("--threads", "0")])
+def test_numbers_that_are_none_are_told(wrong):
+    with pytest.raises(LabsError, match=f"{wrong[0]} takes|{wrong[0]} 0 or|{wrong[0]} 1 or"):
+        serve.main(arguments(*wrong, "--port", "0"))
+
+
 def test_an_adapter_root_must_be_there(tmp_path):
     with pytest.raises(LabsError, match="make it first"):
         serve.main(arguments("--adapter-root", str(tmp_path / "none"), "--port", "0"))

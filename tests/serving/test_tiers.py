@@ -190,8 +190,8 @@ def test_a_failed_load_is_told_once_and_can_be_tried_again():
     bench.tiers.prefetch("a", "t")
     bench.loader.end("a", error=Refused("no such file"))
     bench.tiers.poll()
-    assert str(bench.tiers.take_failure("a")) == "no such file"
-    assert bench.tiers.take_failure("a") is None
+    assert str(bench.tiers.failed.pop("a", None)) == "no such file"
+    assert bench.tiers.failed.pop("a", None) is None
     assert not bench.tiers.loading
     bench.load("a")  # the file has been mended
     assert bench.use("a").adapter == "a"

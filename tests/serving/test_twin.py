@@ -184,7 +184,9 @@ def test_a_measured_engine_is_left_as_it_was_and_its_twin_plays_the_same_trace(z
     settings = {"slots": 4, "max_rank": 8, "max_batch": 4}
     with Engine(small_model(), zoo.folder_of, **settings) as engine:
         executor = engine.executor
-        fitted = twins.calibrate(engine, requests, outstanding=6)
+        with twins.recording(engine) as log:
+            replay(engine, requests, outstanding=6)
+        fitted = log.fit()
         assert engine.executor is executor and "step" not in vars(engine) and "submit" not in vars(engine)
         measured = replay(engine, requests, outstanding=6)
     for part in ("prefill", "decode", "step", "load"):
