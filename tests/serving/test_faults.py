@@ -1,6 +1,7 @@
 """Every bug of the fault lab is caught by the alarms that claim it, and a healthy engine rings none."""
 
 import logging
+import time
 
 import pytest
 import torch
@@ -52,6 +53,22 @@ def test_each_fault_is_caught_by_those_who_claim_it_and_ends_with_its_block(name
         assert engine.executor.step.op == "auto"
         assert "masked" not in ops.OPS
         assert peft_config.scales.__name__ == "scales"
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_slow_disk_hides_no_fault(name):
+    """Were requests for the base over before the first adapter is read, none would share a batch with one."""
+    engine, truth = harness()
+    read = engine.tiers.loader._read
+
+    def slow(adapter):
+        time.sleep(0.1)
+        return read(adapter)
+
+    engine.tiers.loader._read = slow
+    with engine, fault(name, engine):
+        rung = {alarm for alarm, rings in alarms(engine, truth).items() if rings}
+    assert rung == set(FAULTS[name].caught_by)
 
 
 def test_the_faults_that_the_course_names_are_there():
