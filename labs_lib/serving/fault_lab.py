@@ -200,7 +200,7 @@ def traffic(
         engine.drive(checked)
 
     for number, wave in enumerate(WAVES):
-        # Into host memory first: were the disk slow, requests for the base would be over before the wave's others begin.
+        # Into host memory first: were the disk slow, the base's requests would be over before the others begin.
         for name in set(wave) - {"base", "gone"}:
             with engine._lock:
                 engine.tiers.prefetch(truth.shas[name], truth.tenants[name])
