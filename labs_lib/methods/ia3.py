@@ -25,14 +25,12 @@ SMALLEST = 1e-4  # below this the division comes back with an error of more than
 class IA3Linear(nn.Module):
     """A frozen linear layer with a trained factor on each of its outputs, or, for the FFN, on each of its inputs.
 
-    Takes x (..., in) to (..., out), as `base` does. Only `ia3_l` trains; all ones change nothing.
-    Source: Liu et al. 2022, section 3.3: l_k K, l_v V and l_ff f(W1 x), the last of which is the input of W2.
+    Takes x (..., in) to (..., out). Only `ia3_l` trains; all ones change nothing. Source: Liu et al. 2022, section 3.3.
 
     Steps:
     1. __init__: freeze `base`; ia3_l is a parameter of ones, (1, in) if `feedforward`, else (out, 1).
-    2. forward: base(x * l) if `feedforward`, else base(x) * l, where l is ia3_l as a plain row of numbers.
-    3. merge: multiply the weight by ia3_l in place, once. scaled_tensors(self) gives the pairs (tensor, factor): a
-       scaled output has a scaled bias too.
+    2. forward: base(x * l) if `feedforward`, else base(x) * l, with l = ia3_l.flatten(); while merged, base(x) alone.
+    3. merge: multiply the tensors that scaled_tensors(self) lists by their factors, in place and only once.
     4. unmerge: divide by factor + EPSILON, which comes near the old weight and no nearer.
     """
 
@@ -110,6 +108,23 @@ def count_ia3(
         layer = model.get_submodule(name)
         total += layer.in_features if inputs else layer.out_features
     return total
+
+
+def rescaling_share(before: torch.Tensor, after: torch.Tensor, feedforward: bool = False) -> float:
+    """How much of a weight's change (IA)3 could have made: a share between 0 and 1.
+
+    `before` and `after` are (out, in). (IA)3 turns a row w into l * w (with `feedforward` a column), so of the row's
+    change d it reaches only the part along w. The share is that part's squared length over the change's, all rows
+    together. A change in a random direction of n numbers has 1/n of it along w: that is the yardstick.
+
+    Steps:
+    1. change = after - before; dim is 1 for rows, 0 for columns.
+    2. The best l - 1 of each row is change . before / before . before, a sum over dim each (keepdim=True).
+    3. Return the sum of squares of that times before, over the sum of squares of change, as a float.
+    """
+    change, dim = after - before, 0 if feedforward else 1
+    gain = (change * before).sum(dim, keepdim=True) / before.square().sum(dim, keepdim=True)
+    return ((gain * before).square().sum() / change.square().sum()).item()
 
 
 def inject_ia3(

@@ -216,3 +216,32 @@ def export_prefix(model: nn.Module) -> nn.Module:
         raise ValueError("This prefix has no projection: there is nothing to drop.")
     model.prefix = model.prefix.export()
     return model
+
+
+def gated_attention(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    prefix: tuple[torch.Tensor, torch.Tensor],
+    visible: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with a prefix as a gated addition: (1 - gate) x attention to the text + gate x attention to the prefix.
+
+    `queries` is (..., n, size), `keys` and `values` (..., m, size), `prefix` a pair (..., tokens, size); `visible`
+    (n, m) is True where a query may look. Returns the output (..., n, size) and the gate (..., n, 1): the share of
+    its attention that a query gives to the prefix. The text moves it, the prefix alone decides what it lets in.
+    Source: He et al. 2022, "Towards a Unified View of Parameter-Efficient Transfer Learning", section 3.1.
+
+    Steps:
+    1. Scores of the text, queries @ keys^T / sqrt(size), -inf where not visible; and scores of the prefix.
+    2. Two attentions, each by itself: softmax of its scores times its values.
+    3. gate = sigmoid(logsumexp of the prefix's scores - logsumexp of the text's scores), one per query.
+    4. (1 - gate) times the text's attention plus gate times the prefix's.
+    """
+    scale = queries.shape[-1] ** -0.5
+    text = queries @ keys.transpose(-1, -2) * scale
+    if visible is not None:
+        text = text.masked_fill(~visible, -torch.inf)
+    own = queries @ prefix[0].transpose(-1, -2) * scale
+    gate = torch.sigmoid(own.logsumexp(-1, keepdim=True) - text.logsumexp(-1, keepdim=True))
+    return (1 - gate) * (text.softmax(-1) @ values) + gate * (own.softmax(-1) @ prefix[1]), gate

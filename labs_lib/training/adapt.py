@@ -142,11 +142,106 @@ def qlora(model, arm: "Arm", seed: int, steps: int) -> Adapted:
     return Adapted(model, finish=finish if seed else dict)
 
 
-def ia3(model, arm: "Arm", seed: int, steps: int) -> Adapted:
-    from peft import IA3Config
+def prompt(model, arm: "Arm", seed: int, steps: int) -> Adapted:
+    """Our soft prompt, and where in the vocabulary it ended.
 
-    targets = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
-    return peft(model, IA3Config(task_type="CAUSAL_LM", **targets), seed)
+    Options: `tokens`; `init`; `std` of "random"; `text` of "text". Where the prompt says the nearest tokens instead
+    of itself is measured for fresh seeds on a style only.
+    """
+    import torch
+
+    from labs_lib.methods.prompt_tuning import add_prompt, nearest_tokens
+    from labs_lib.models.base import load_base
+
+    options = dict(arm.options)
+    text = options.pop("text", "")
+    ids = load_base(model.name_or_path)[1](text, add_special_tokens=False)["input_ids"] if text else ()
+    model = add_prompt(model, ids=ids, generator=torch.Generator().manual_seed(seed), **options)
+    table = model.base.get_input_embeddings().weight.detach()
+    start = model.prompt.detach().clone()
+
+    def finish() -> dict:
+        measured = {}
+        for metric in ("euclidean", "cosine"):
+            usual = nearest_tokens(table, table, k=2, metric=metric)[1][:, 1].median()
+            for when, vectors in (("", model.prompt), ("_at_start", start)):
+                ratios = nearest_tokens(vectors, table, metric=metric)[1][:, 0] / usual
+                measured[f"{metric}{when}"] = ratios.median().item()
+        length = (model.prompt.norm(dim=1).median() / table.norm(dim=1).median()).item()
+        moved = (model.prompt - start).norm(dim=1).median() / table.norm(dim=1).median()
+        return measured | {"length": length, "moved": moved.item()}
+
+    return Adapted(model, finish=finish)
+
+
+def bottleneck(model, arm: "Arm", seed: int, steps: int) -> Adapted:
+    """Our bottleneck adapters. Options: `placement`, `bottleneck` and what else inject_adapters takes."""
+    import torch
+
+    from labs_lib.methods.adapters import inject_adapters
+
+    return Adapted(inject_adapters(model, generator=torch.Generator().manual_seed(seed), **arm.options))
+
+
+def llama_adapter(model, arm: "Arm", seed: int, steps: int) -> Adapted:
+    """Our LLaMA-Adapter, and how far its gates opened. Options: `prompts`, `layers`."""
+    import torch
+
+    from labs_lib.methods.llama_adapter import inject_llama_adapter, prompted_layers
+
+    model = inject_llama_adapter(model, generator=torch.Generator().manual_seed(seed), **arm.options)
+
+    def finish() -> dict:
+        return {"gates": [layer.adaption_gate.item() for layer in prompted_layers(model).values()]}
+
+    return Adapted(model, finish=finish)
+
+
+def prefix(model, arm: "Arm", seed: int, steps: int) -> Adapted:
+    """Our prefix; options: `tokens`, and whatever else `add_prefix` takes, e.g. `hidden` for the projection."""
+    import torch
+    from transformers import DynamicCache
+
+    from labs_lib.methods.prefix_tuning import add_prefix
+
+    generator = torch.Generator().manual_seed(seed)
+    return Adapted(add_prefix(model, cache=DynamicCache, generator=generator, **arm.options))
+
+
+def ia3(model, arm: "Arm", seed: int, steps: int) -> Adapted:
+    """Our (IA)3 on keys, values and the FFN; the option `feedforward` names other layers that scale their inputs."""
+    from labs_lib.methods.ia3 import FEEDFORWARD, inject_ia3
+
+    return Adapted(inject_ia3(model, feedforward=arm.options.get("feedforward", FEEDFORWARD)))
+
+
+def zoo(model, arm: "Arm", seed: int, steps: int) -> Adapted:
+    """A method of the zoo, by its name in the option `method`; the other options are its own.
+
+    The arm's rank and alpha go to those that take them; OFT and BOFT have blocks instead.
+    """
+    import torch
+
+    from labs_lib.methods.zoo import ZOO
+    from labs_lib.methods.zoo.layer import inject_zoo, options_of
+
+    options = dict(arm.options)
+    kind = ZOO[options.pop("method")]
+    sizes = {"rank": arm.rank, "alpha": arm.alpha}
+    options = {name: size for name, size in sizes.items() if name in options_of(kind)} | options
+    generator = torch.Generator().manual_seed(seed)
+    return Adapted(inject_zoo(model, kind, arm.targets, generator=generator, **options))
+
+
+def mix_and_match(model, arm: "Arm", seed: int, steps: int) -> Adapted:
+    """A prefix for attention and a scaled parallel adapter for the FFN; options: `tokens`, `bottleneck`, `scale`."""
+    import torch
+    from transformers import DynamicCache
+
+    from labs_lib.methods.unified import mix_and_match
+
+    generator = torch.Generator().manual_seed(seed)
+    return Adapted(mix_and_match(model, cache=DynamicCache, generator=generator, **arm.options))
 
 
 def peft(model, config, seed: int) -> Adapted:
@@ -159,5 +254,21 @@ def peft(model, config, seed: int) -> Adapted:
 
 
 METHODS: "dict[str, Callable[..., Adapted]]" = {
-    each.__name__: each for each in (full, lora, dora, rslora, lora_plus, adalora, qlora, ia3)
+    each.__name__: each
+    for each in (
+        full,
+        lora,
+        dora,
+        rslora,
+        lora_plus,
+        adalora,
+        qlora,
+        prompt,
+        bottleneck,
+        llama_adapter,
+        prefix,
+        ia3,
+        zoo,
+        mix_and_match,
+    )
 }

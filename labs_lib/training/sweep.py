@@ -8,6 +8,7 @@ What the sweeps are stands in `sweeps`.
 import argparse
 import hashlib
 import json
+import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -33,7 +34,7 @@ def evaluate(model, tokenizer, task: str, tenant: str | None, rows) -> dict[str,
     nothing to hold out, and the rate is chosen by the very quantity that is asked for. Fresh seeds keep the lucky draw
     of the choice out of the result. A style must hold for products that neither training nor the choice has seen.
     """
-    from labs_lib.measure.quality import recall, style_quality
+    from labs_lib.measure.quality import accuracy, recall, style_quality
     from labs_lib.world.tasks import known_facts
     from labs_lib.world.tenants import load_tenant
 
@@ -45,6 +46,11 @@ def evaluate(model, tokenizer, task: str, tenant: str | None, rows) -> dict[str,
         scores["score"] = fmean(recall(model, tokenizer, rows))
     elif task == "retention":  # a repair: what the base knew is what is asked for
         scores["score"] = scores["kept"]
+    elif task == "classification":
+        right = accuracy(model, tokenizer, rows)
+        scores["score"] = fmean(right)
+        for kind in sorted(set(rows["kind"])):  # plain, with a "but", negated
+            scores[kind] = fmean(hit for hit, of in zip(right, rows["kind"], strict=True) if of == kind)
     else:
         style = style_quality(model, tokenizer, rows, load_tenant(tenant))
         scores |= {"score": style.exact, "compliance": style.compliance, "fidelity": style.fidelity}
@@ -67,23 +73,29 @@ def run_point(point: dict, size: str = "small", progress: bool = False) -> dict:
     data = load_task(point["task"], tenant=point.get("tenant"), facts=point.get("facts", 1024))
     adapted = METHODS[arm.method](model, arm, point["seed"], point["steps"])
     model = adapted.model
+    split, held_out = SPLIT[point["stage"]], None
+    if "watch" in arm.options:  # while the rate is chosen, the last step alone
+        steps = {point["steps"], *(arm.options["watch"] if split == "test" else ())}
+        held_out = watch_style(steps, tokenizer, data[split][:STYLE_ROWS_SCORED], point["tenant"])
     try:
         run = fit(
             model,
             tokenizer,
-            data["train"][:],
+            few(data["train"], arm.options.get("examples"), point["seed"]),
             steps=point["steps"],
             lr=point["lr"],
             batch_size=point["batch"],
             seed=point["seed"],
             optimizer=adapted.optimizer and adapted.optimizer(point["lr"]),
-            callbacks=adapted.callbacks,
+            callbacks=adapted.callbacks + ([held_out] if held_out else []),
             progress=progress,
         )
         measured = {"loss": run.final_loss, "params": run.trainable_parameters} | adapted.finish()
+        if held_out:
+            measured |= {"watched": held_out.seen, "held_loss": held_out.seen[-1]["loss"]}
         if arm.curve:
             measured["losses"] = [round(loss, 4) for loss in run.losses]
-        rows = data[SPLIT[point["stage"]]]
+        rows = data[split]
         rows = rows[:STYLE_ROWS_SCORED] if point["task"] == "style" else rows[:]
         measured |= evaluate(model, tokenizer, point["task"], point.get("tenant"), rows)
     except LabsError as error:  # a rate at which the loss diverges is a result: it scores nothing
@@ -94,27 +106,83 @@ def run_point(point: dict, size: str = "small", progress: bool = False) -> dict:
     return point | measured | {"seconds": round(time.perf_counter() - started, 1)}
 
 
+def few(train, examples: int | None, seed: int) -> dict:
+    """The training rows, or the first `examples` of them in an order that depends on the seed alone."""
+    if examples is None:
+        return train[:]
+    order = list(range(len(train)))
+    random.Random(seed).shuffle(order)
+    return train[order[:examples]]
+
+
+def watch_style(steps: set[int], tokenizer, rows: dict, tenant: str):
+    """A callback for the Trainer that scores a style on held-out `rows` after these steps; `seen` keeps the scores.
+
+    Each entry: step, held-out loss (nats per completion token), and the shares of exact texts, rules and facts.
+    """
+    from transformers import TrainerCallback
+
+    from labs_lib.measure.quality import row_losses, style_quality
+    from labs_lib.world.tenants import load_tenant
+
+    class Watch(TrainerCallback):
+        def __init__(self):
+            self.seen = []
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step in steps:
+                losses = row_losses(model, tokenizer, rows)
+                style = style_quality(model, tokenizer, rows, load_tenant(tenant))
+                scores = {"exact": style.exact, "compliance": style.compliance, "fidelity": style.fidelity}
+                loss = sum(nats for nats, _ in losses) / sum(tokens for _, tokens in losses)
+                self.seen.append({"step": state.global_step, "loss": round(loss, 4)} | scores)
+
+    return Watch()
+
+
 def points(sweep: Sweep, rows: list[dict]) -> Iterator[dict]:
     """The points of both stages; those of the second appear once the first stage of an arm is in `rows`."""
     for arm in sweep.arms:
         for task in sweep.tasks:
             base = task.settings() | {"arm": arm.to_dict(), "stage": "sweep", "seed": 0}
-            for lr in arm.rates or sweep.rates:
+            rates = grid(rows, arm, task.label, arm.rates or sweep.rates, sweep.widen)
+            for lr in rates:
                 yield base | {"lr": lr}
-            best = best_rate(rows, arm, task.label, arm.rates or sweep.rates)
+            best = best_rate(rows, arm, task.label, rates)
             if best is not None:
                 for seed in range(1, 1 + sweep.seeds):
                     yield base | {"lr": best, "stage": "final", "seed": seed}
 
 
+def grid(rows: list[dict], arm: Arm, task: str, rates: tuple[float, ...], widen: int) -> tuple[float, ...]:
+    """The rates to try: while the best is the first or the last, one more beyond it, by the same factor."""
+    rates = list(rates)
+    for _ in range(widen):
+        best = best_rate(rows, arm, task, tuple(rates))
+        if best == rates[0]:
+            rates.insert(0, float(f"{rates[0] ** 2 / rates[1]:.2g}"))
+        elif best == rates[-1]:
+            rates.append(float(f"{rates[-1] ** 2 / rates[-2]:.2g}"))
+        else:
+            break
+    return tuple(rates)
+
+
 def best_rate(rows: list[dict], arm: Arm, task: str, rates: tuple[float, ...]) -> float | None:
-    """The learning rate with the best score of the first stage (ties: the lower loss); None until all are in."""
+    """The learning rate with the best score of the first stage; None until all are in.
+
+    Ties go to the lower loss: held-out where that was watched, else of training.
+    """
     first = [r for r in rows if r["stage"] == "sweep" and r["arm"]["name"] == arm.name and r["label"] == task]
     done = [r for r in first if r["lr"] in rates]
     if {r["lr"] for r in done} != set(rates):
         return None
-    best = max(done, key=lambda r: (r["score"], -(r["loss"] if r["loss"] is not None else float("inf"))))
-    return best["lr"]
+
+    def merit(row: dict) -> tuple[float, float]:
+        loss = row.get("held_loss", row["loss"])
+        return row["score"], -(loss if loss is not None else float("inf"))
+
+    return max(done, key=merit)["lr"]
 
 
 def _key(point: dict) -> str:
@@ -147,6 +215,7 @@ def run_sweep(sweep: Sweep, jobs: int = 1, limit: int | None = None) -> Path | N
         rows = {_key(row): row for row in done}
         plan = {_key(point): point for point in points(sweep, done)}
         missing = [point for key, point in plan.items() if key not in rows]
+        bar.total = max(total, len(plan))  # a grid that was widened has more
         bar.update(len(plan) - len(missing) - bar.n)
         if not missing or limit == 0:
             break

@@ -14,7 +14,8 @@ class Arm:
     Attributes:
         method: a name in `adapt.METHODS`.
         rates: instead of the sweep's learning rates.
-        options: anything else that the method takes.
+        options: anything else that the method takes; and for every method `examples` (train on so many rows, drawn
+            by the seed) and `watch` (steps after which a style is scored on held-out rows, in the second stage).
         quantise: of the frozen base, as `load_base` takes it.
         curve: keep the loss of every step.
     """
@@ -36,6 +37,8 @@ class Arm:
         for name in ("targets", "rates"):  # JSON gives lists back
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        options = {k: list(v) if isinstance(v, tuple) else v for k, v in self.options.items()}
+        object.__setattr__(self, "options", options)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Sweep:
+    """Arms by tasks. `widen`: so many rates more may be tried, one by one, where an arm's best is at its grid's edge."""
+
     name: str
     note: str
     arms: tuple[Arm, ...]
@@ -62,9 +67,12 @@ class Sweep:
     rates: tuple[float, ...]
     seeds: int
     size: str = "small"
+    widen: int = 0
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        return {
+            k: v for k, v in asdict(self).items() if k != "widen" or v
+        }  # logs of fixed grids keep their names
 
 
 def _lora(rank: int, targets: str | tuple[str, ...] = "all-linear", label: str = "all") -> Arm:
@@ -127,6 +135,48 @@ def _ada(init: int, rank: int) -> Arm:
         alpha=2 * init,
         options={"init": init},
     )
+
+
+_ADAPTERS = (  # each about LoRA r2's 18,944 parameters
+    Arm("Houlsby, 9 units", method="bottleneck", options={"placement": "houlsby", "bottleneck": 9}),
+    Arm("Pfeiffer, 18 units", method="bottleneck", options={"placement": "pfeiffer", "bottleneck": 18}),
+    Arm(
+        "parallel, 18 units",
+        method="bottleneck",
+        options={"placement": "parallel", "bottleneck": 18, "exact": True, "scale": 4},
+    ),
+    Arm("LLaMA-Adapter, 37 prompts", method="llama_adapter", options={"prompts": 37, "layers": 4}),
+)
+
+_IA3_RATES = (3e-2, 1e-1, 3e-1, 1.0, 3.0)  # factors around 1 want steps that LoRA would not survive
+_LORA_TINY = tuple(  # about as many numbers as (IA)3 has
+    Arm(name, rank=1, alpha=2, targets=targets, rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1))
+    for name, targets in (("LoRA r1, q and v", ("q_proj", "v_proj")), ("LoRA r1, down", ("down_proj",)))
+)
+_FEW = (4, 8, 16, 32, 64)
+
+
+def _few(arm: Arm, examples: int, rates: tuple[float, ...], *later: int) -> Arm:
+    """An arm that sees a few rows of the training split only, scored while it trains."""
+    return replace(
+        arm,
+        name=f"{arm.name}, {examples} examples",
+        rates=rates,
+        options=arm.options | {"examples": examples, "watch": (5, 10, 20, 40, *later)},
+        curve=True,
+    )
+
+
+_REVIEWS = Task("classification", "classification", steps=40, batch=16)
+_PREFIX_RATES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # numbers of size 1 have far to go
+_PROJECTION = 128  # its inner width
+
+
+def _prefix(tokens: int, hidden: int | None = None, rates: tuple[float, ...] = _PREFIX_RATES) -> Arm:
+    """1,024 numbers per token on `small`: 18 tokens are about LoRA r2, 37 exactly r4, 74 exactly r8."""
+    name = f"prefix {tokens}" + (", projected" if hidden else "")
+    options = {"tokens": tokens} | ({"hidden": hidden} if hidden else {})
+    return Arm(name, method="prefix", options=options, rates=rates)
 
 
 SWEEPS = {
@@ -323,6 +373,121 @@ SWEEPS = {
             arms=(_ada(3, 2),),
             tasks=(_STYLE,),
             rates=_ADA_RATES,
+            seeds=3,
+        ),
+        Sweep(
+            name="adapters",
+            note="Bottleneck adapters in three places and LLaMA-Adapter, each with about LoRA r2's parameters.",
+            arms=_ADAPTERS,
+            tasks=(_FACTS_512, _STYLE),
+            rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+            seeds=5,
+        ),
+        Sweep(
+            name="ia3",
+            note="(IA)3 on 512 facts and on one tenant's style.",
+            arms=(Arm("IA3", method="ia3"),),
+            tasks=(_FACTS_512, _STYLE),
+            rates=_IA3_RATES,
+            seeds=5,
+        ),
+        Sweep(
+            name="ia3_controls",
+            note="(IA)3 with its FFN scale on the wrong side, and LoRA with about as few parameters.",
+            arms=(Arm("IA3, feedforward left out", method="ia3", options={"feedforward": ()}), *_LORA_TINY),
+            tasks=(_FACTS_512, _STYLE),
+            rates=_IA3_RATES,
+            seeds=3,
+        ),
+        Sweep(
+            name="ia3_long",
+            note="(IA)3 on the style for four times as many steps: was it only trained too little?",
+            arms=(Arm("IA3", method="ia3"),),
+            tasks=(replace(_STYLE, label="style, 240 steps", steps=240),),
+            rates=(3e-2, 1e-1, 3e-1),
+            seeds=5,
+        ),
+        Sweep(
+            name="ia3_long_facts",
+            note="(IA)3 on 512 facts for 300 steps, as long as LoRA's in lora_rank, and for 900.",
+            arms=(Arm("IA3", method="ia3"),),
+            tasks=tuple(
+                replace(_FACTS_512, label=f"knowledge, {steps} steps", steps=steps) for steps in (300, 900)
+            ),
+            rates=(1e-1, 3e-1, 1.0),
+            seeds=5,
+        ),
+        Sweep(
+            name="lora_tiny_long",
+            note="LoRA r1 on q and v, about as many numbers as (IA)3, on 512 facts for 900 steps.",
+            arms=(replace(_LORA_TINY[0], rates=(1e-2, 3e-2, 1e-1)),),
+            tasks=(replace(_FACTS_512, label="knowledge, 900 steps", steps=900),),
+            rates=(),
+            seeds=3,
+        ),
+        Sweep(
+            name="few_shot_long",
+            note="few_shot for three times as many steps, from 4, 16 and 64 examples.",
+            arms=(
+                *(_few(Arm("IA3", method="ia3"), n, (1e-2, 3e-2, 1e-1), 80, 160) for n in (4, 16, 64)),
+                *(_few(_R8, n, (3e-4, 1e-3, 3e-3), 80, 160) for n in (4, 16, 64)),
+            ),
+            tasks=(replace(_STYLE, steps=240, batch=8),),
+            rates=(),
+            seeds=4,
+        ),
+        Sweep(
+            name="few_shot",
+            note="One tenant's style from 4 to 64 examples: (IA)3 and LoRA, the rate tuned for each number.",
+            arms=(
+                *(_few(Arm("IA3", method="ia3"), n, (1e-2, 3e-2, 1e-1, 3e-1)) for n in _FEW),
+                *(_few(_R8, n, (1e-3, 3e-3, 1e-2, 3e-2)) for n in _FEW),
+            ),
+            tasks=(replace(_STYLE, steps=80, batch=8),),
+            rates=(),
+            seeds=4,
+        ),
+        Sweep(
+            name="prefix",
+            note="Prefix tuning on 512 facts, with about as many parameters as LoRA r2, and exactly as many as r8.",
+            arms=(_prefix(18), _prefix(74)),
+            tasks=(_FACTS_512,),
+            rates=(),
+            seeds=3,
+        ),
+        Sweep(
+            name="prefix_reviews",
+            note="Classification of reviews: prefix tuning, and others, each with five rates.",
+            arms=(
+                _prefix(18),
+                _prefix(18, _PROJECTION, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
+                _R2,
+                _R8,
+                Arm("prompt 18", method="prompt", options={"tokens": 18}, rates=_PREFIX_RATES),
+                Arm("IA3", method="ia3", rates=_PREFIX_RATES),
+            ),
+            tasks=(_REVIEWS,),
+            rates=_RATES,
+            seeds=5,
+        ),
+        Sweep(
+            name="prefix_stability",
+            note="One tenant's style: seven rates by five seeds, with and without the projection.",
+            arms=tuple(
+                replace(_prefix(18, hidden, (rate,)), name=f"{name} {rate:g}")
+                for name, hidden in (("direct", None), ("projected", _PROJECTION))
+                for rate in (1e-3, 3e-3, *_PREFIX_RATES)
+            ),
+            tasks=(_STYLE,),
+            rates=(),
+            seeds=4,
+        ),
+        Sweep(
+            name="prefix_long",
+            note="512 facts for 300 steps, as in sweep_lora_rank: a prefix with exactly LoRA r4's parameters.",
+            arms=(_prefix(37, rates=(1e-1, 3e-1, 1.0)),),
+            tasks=(replace(_FACTS_512, steps=300),),
+            rates=(),
             seeds=3,
         ),
     )

@@ -20,6 +20,7 @@ from labs_lib.methods.ia3 import (
     inject_ia3,
     merge_ia3,
     remove_ia3,
+    rescaling_share,
 )
 from labs_lib.methods.lora import trainable_parameters
 
@@ -200,6 +201,42 @@ def test_a_learners_own_layer_class_counts(tiny_llama):
     model = inject_ia3(tiny_llama(), kind=Mine)
     assert len(ia3_layers(model)) == 6 and len(trainable_parameters(model)) == 6
     assert_same(weights(remove_ia3(model)), weights(tiny_llama()))
+
+
+@pytest.mark.parametrize("feedforward", [False, True])
+def test_the_share_of_a_change_that_rescaling_reaches(feedforward):
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(80, 50, generator=generator)
+    scale = torch.rand((1, 50) if feedforward else (80, 1), generator=generator)
+    rescaled = before * scale
+    assert rescaling_share(before, rescaled, feedforward) == pytest.approx(1)
+    # rescaling the other side is, row by row, a change in a random direction plus what all its factors share
+    assert rescaling_share(before, rescaled, not feedforward) < 0.9
+    change = torch.randn(80, 50, generator=generator)
+    along = (change * before).sum(0 if feedforward else 1, keepdim=True)
+    dim = 0 if feedforward else 1
+    sideways = change - along / before.square().sum(dim, keepdim=True) * before
+    assert rescaling_share(before, before + sideways, feedforward) == pytest.approx(0, abs=1e-6)
+    assert rescaling_share(before, before + change, feedforward) == pytest.approx(
+        1 / before.shape[dim], rel=0.4
+    )
+
+
+def test_no_other_factors_come_closer_to_a_change():
+    generator = torch.Generator().manual_seed(1)
+    before, after = torch.randn(2, 6, 9, generator=generator).unbind()
+    factors = torch.ones(6, 1, requires_grad=True)
+    optimiser = torch.optim.LBFGS([factors], max_iter=50)
+
+    def missed():
+        optimiser.zero_grad()
+        loss = (factors * before - after).square().sum()
+        loss.backward()
+        return loss
+
+    optimiser.step(missed)
+    reached = 1 - (missed() / (after - before).square().sum()).item()
+    assert rescaling_share(before, after) == pytest.approx(reached, abs=1e-5)
 
 
 # --- equal to PEFT

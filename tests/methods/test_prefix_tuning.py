@@ -14,6 +14,7 @@ from labs_lib.methods.prefix_tuning import (
     ProjectedPrefix,
     add_prefix,
     export_prefix,
+    gated_attention,
     prefix_shape,
     split_prefix,
     text_prefix,
@@ -134,6 +135,49 @@ def test_draws_come_from_the_generator_only(tiny_llama, cache):
         ]
         assert torch.equal(*draws)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_attention_with_a_prefix_is_a_gated_addition():
+    """He et al.'s form against the library's attention over prefix and text in one."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = ((6, 8), (6, 8), (6, 8), (3, 8), (3, 8))
+    queries, keys, values, *prefix = (torch.randn(2, 4, *shape, generator=generator) for shape in shapes)
+    visible = torch.ones(6, 6).tril().bool()
+    both = [torch.cat(pair, dim=-2) for pair in zip(prefix, (keys, values), strict=True)]
+    mask = torch.cat([torch.ones(6, 3).bool(), visible], dim=1)
+    expected = torch.nn.functional.scaled_dot_product_attention(queries, *both, attn_mask=mask)
+    got, gate = gated_attention(queries, keys, values, prefix, visible)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+    weights = (queries @ both[0].mT / 8**0.5).masked_fill(~mask, -torch.inf).softmax(-1)
+    torch.testing.assert_close(gate, weights[..., :3].sum(-1, keepdim=True), rtol=0, atol=1e-6)
+    seen, _ = gated_attention(queries, keys, values, prefix)
+    expected = torch.nn.functional.scaled_dot_product_attention(queries, *both)
+    torch.testing.assert_close(seen, expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_gate_is_the_share_of_attention_in_a_model(tiny_llama, batch, cache):
+    """In a real layer, too: rotary positions are in the keys already, and the prefix has none."""
+    base = tiny_llama()
+    base.set_attn_implementation("eager")
+    model = add_prefix(base, TOKENS, cache, generator=torch.Generator().manual_seed(3)).eval()
+    shares, seen = model(input_ids=batch["input_ids"], output_attentions=True).attentions[0], {}
+    assert shares.shape == (3, 4, 11, TOKENS + 11)
+
+    def watch(module, args, kwargs):
+        hidden, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
+        heads = [getattr(module, f"{kind}_proj")(hidden).view(3, 11, -1, 8).transpose(1, 2) for kind in "qkv"]
+        seen["heads"] = *apply_rotary_pos_emb(*heads[:2], cos, sin), heads[2]
+
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    layer = base.model.layers[0].self_attn
+    layer.register_forward_pre_hook(watch, with_kwargs=True)
+    model(input_ids=batch["input_ids"])
+    queries, keys, values = (each.repeat_interleave(4 // each.shape[1], dim=1) for each in seen["heads"])
+    prefix = [each.repeat_interleave(2, dim=1) for each in split_prefix(model.prefix(), 2, 2, 3)[0]]
+    _, gate = gated_attention(queries, keys, values, prefix, torch.ones(11, 11).tril().bool())
+    torch.testing.assert_close(gate[..., 0], shares[..., :TOKENS].sum(-1), rtol=0, atol=1e-6)
 
 
 # --- into a model

@@ -1,0 +1,458 @@
+"""`python -m labs_lib.training.composition`: two adapters trained apart, put together in every way, and measured.
+
+Two pairs of skills. "voice and facts": one tenant's style, and 512 facts. "two halves": each adapter learns eight of the
+sixteen rules of one guide, the other eight staying the base's own, and the text asked for obeys all of them. The
+adapters are Pfeiffer's, beside them LoRA with as many parameters, both at the rates of `labs sweep adapters` and
+`labs sweep tune_lora`.
+
+What trains while composing tries three rates with seed 0 on validation rows; the best of them runs with fresh seeds on
+test rows. Stops and goes on like a sweep, and records itself when it is complete.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache as remember
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from labs_lib.errors import LabsError
+from labs_lib.paths import cache
+from labs_lib.training.adapt import METHODS
+from labs_lib.training.sweeps import TENANT, Arm
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+SEEDS = 4
+ARMS = {
+    "adapter": Arm("Pfeiffer, 18 units", "bottleneck", options={"placement": "pfeiffer", "bottleneck": 18}),
+    "lora": Arm("LoRA r2, all linear", rank=2, alpha=4),
+}
+TWICE = {  # one adapter as large as two
+    "adapter": replace(ARMS["adapter"], options={"placement": "pfeiffer", "bottleneck": 36}),
+    "lora": replace(ARMS["lora"], rank=4, alpha=8),
+}
+TRAINED = {  # way -> the rates it tries
+    "weights": (1e-2, 3e-2, 1e-1),
+    "fusion": (1e-3, 3e-3, 1e-2),
+    "fresh": (3e-3, 1e-2, 3e-2),
+    "one": (3e-3, 1e-2, 3e-2),
+}
+WAYS = {
+    "adapter": (
+        *("first", "second", "first, second", "second, first", "sum", "mean"),
+        *("weights", "fusion", "fresh", "after", "one"),
+    ),
+    "lora": ("first", "second", "sum", "mean", "weights", "one"),
+}
+MEANS = {  # what each way is, in words
+    "first": "the first alone",
+    "second": "the second alone",
+    "first, second": "stacked, first one first",
+    "second, first": "stacked, second one first",
+    "sum": "both added",
+    "mean": "half of each",
+    "weights": "added with trained weights, two numbers per layer",
+    "fusion": "AdapterFusion, trained",
+    "fresh": "a new adapter, trained like the fusion",
+    "after": "one adapter, trained on the first, then on the second",
+    "one": "one adapter of twice the size, trained on both",
+}
+VOICE = (
+    "headline",
+    "register",
+    "houseword",
+    "noun",
+    "audience",
+    "mark",
+    "cta",
+    "signoff",
+)  # the other half: form
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Rows to learn from, and how many of them a step takes."""
+
+    rows: dict
+    batch: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two skills, and what it takes to compose them.
+
+    Attributes:
+        skills: what each adapter learns by itself, and for how many steps.
+        labels: the task of the sweeps whose best rate each skill takes.
+        practice: what the trained ways of composing see, for 60 steps.
+        both: what the one adapter for both sees, and for how many steps.
+        score: (model, tokenizer, split) to the two skills, `score` and what else is worth keeping.
+    """
+
+    skills: tuple[tuple[Stream, int], tuple[Stream, int]]
+    labels: tuple[str, str]
+    practice: tuple[Stream, ...]
+    both: tuple[tuple[Stream, ...], int]
+    score: Callable[..., dict]
+
+
+def part(rows, start: int, stop: int) -> dict:
+    """Some of the rows, prompts and completions only."""
+    return {key: rows[key][start:stop] for key in ("prompt", "completion")}
+
+
+def voice_and_facts() -> Pair:
+    """Different prompts for different skills. Practice sees half of the facts; scored are others, which it has not seen."""
+    from labs_lib.measure.quality import recall
+    from labs_lib.world.tasks import load_task
+
+    style, facts = load_task("style", tenant=TENANT), load_task("knowledge", facts=512)["train"][:]
+    train = style["train"][:]
+    scored = {"validation": part(facts, 256, 384), "test": part(facts, 384, 512)}
+
+    def score(model, tokenizer, split: str) -> dict:
+        copy = copy_scores(model, tokenizer, style[split][:48])
+        got = {"first": copy["exact"], "second": fmean(recall(model, tokenizer, scored[split]))}
+        got["practised"] = fmean(recall(model, tokenizer, part(facts, 0, 256)))
+        return got | {"score": (got["first"] + got["second"]) / 2, "compliance": copy["compliance"]}
+
+    return Pair(
+        skills=((Stream(train, 16), 60), (Stream(facts, 64), 150)),
+        labels=("style", "knowledge, 512 facts"),
+        practice=(Stream(train, 16), Stream(part(facts, 0, 256), 32)),
+        both=((Stream(train, 8), Stream(facts, 64)), 150),
+        score=score,
+    )
+
+
+def two_halves() -> Pair:
+    """Both skills in every text. Practice sees 16 texts that obey the whole guide, which neither adapter has seen."""
+    from labs_lib.world.catalogue import Product
+    from labs_lib.world.grammar import DEFAULT_STYLE, render
+    from labs_lib.world.tasks import load_task
+    from labs_lib.world.tenants import load_tenant
+
+    style, guide = load_task("style", tenant=TENANT), load_tenant(TENANT).style
+    train = style["train"][:]
+
+    def half(rules) -> Stream:
+        wanted = DEFAULT_STYLE | {rule: guide[rule] for rule in rules}
+        texts = [render(Product.from_dict(product), wanted) for product in train["product"]]
+        return Stream({"prompt": train["prompt"], "completion": texts}, 16)
+
+    def score(model, tokenizer, split: str) -> dict:
+        copy = copy_scores(model, tokenizer, style[split][:48])
+        got = {"first": copy["voice"], "second": copy["form"]}
+        return got | {"score": copy["exact"], "compliance": copy["compliance"]}
+
+    form = [rule for rule in guide if rule not in VOICE]
+    return Pair(
+        skills=((half(VOICE), 60), (half(form), 60)),
+        labels=("style", "style"),
+        practice=(Stream(part(train, 0, 16), 16),),
+        both=((Stream(train, 16),), 120),
+        score=score,
+    )
+
+
+PAIRS = {"voice and facts": voice_and_facts, "two halves": two_halves}
+
+
+def copy_scores(model, tokenizer, rows) -> dict[str, float]:
+    """Exact texts and rules kept, of the voice and of the form, on the tenant's guide."""
+    from labs_lib.measure.quality import style_quality
+    from labs_lib.world.tenants import load_tenant
+
+    quality = style_quality(model, tokenizer, rows, load_tenant(TENANT))
+    halves = [
+        fmean(share for rule, share in quality.per_rule.items() if (rule in VOICE) == voice)
+        for voice in (True, False)
+    ]
+    return {
+        "exact": quality.exact,
+        "compliance": quality.compliance,
+        "voice": halves[0],
+        "form": halves[1],
+    }
+
+
+def train(model, tokenizer, streams: tuple[Stream, ...], steps: int, lr: float, seed: int) -> None:
+    """Train on a batch of every stream in each step, their losses added; AdamW and the schedule of `fit`.
+
+    `fit` draws one batch from one heap; here a step of few long texts and many short ones costs what it must.
+    """
+    import torch
+
+    from labs_lib.measure.quality import collate, encode_rows
+    from labs_lib.methods.lora import trainable_parameters
+
+    draws = [
+        batches(encode_rows(tokenizer, s.rows["prompt"], s.rows["completion"]), s.batch, seed)
+        for s in streams
+    ]
+    optimizer = torch.optim.AdamW(trainable_parameters(model), lr=lr, weight_decay=0.0)
+    warmup = max(1, round(0.06 * steps))
+    model.train()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(step / warmup, (steps - step) / (steps - warmup))
+        optimizer.zero_grad()
+        for draw in draws:
+            model(**collate(next(draw), tokenizer.pad_token_id)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable_parameters(model), 1.0)
+        optimizer.step()
+    model.eval()
+
+
+def batches(rows: list, size: int, seed: int) -> Iterator[list]:
+    """Batches without end: all rows in a new order, again and again."""
+    rng, heap = random.Random(seed), []
+    while True:
+        while len(heap) < size:
+            heap += rng.sample(rows, len(rows))
+        yield heap[:size]
+        heap = heap[size:]
+
+
+# ---------------------------------------------------------------------------------------------------- the two kinds
+
+
+def new(kind: str, seed: int, arms: dict[str, Arm] = ARMS) -> tuple:
+    """A base with a fresh adapter, which alone trains; and the tokenizer."""
+    from labs_lib.models.base import load_base
+
+    model, tokenizer = load_base("small")
+    arm = arms[kind]
+    return METHODS[arm.method](model, arm, seed, 0).model, tokenizer
+
+
+def tensors(kind: str, model: "nn.Module", name: str = "default") -> "dict[str, torch.Tensor]":
+    from labs_lib.methods.adapters import adapter_state_dict
+    from labs_lib.methods.lora import lora_state_dict
+
+    return lora_state_dict(model) if kind == "lora" else adapter_state_dict(model, name)
+
+
+def fill(own: "dict[str, torch.Tensor]", values: "dict[str, torch.Tensor]") -> None:
+    for key, tensor in own.items():
+        tensor.copy_(values[key])
+
+
+def mixture(start: float) -> Callable[..., "nn.Module"]:
+    """A fusion for fuse_adapters that adds two adapters with weights of their own, both `start` at first."""
+    import torch
+    from torch import nn
+
+    class Mixture(nn.Module):
+        def __init__(self, width: int, generator=None) -> None:
+            super().__init__()
+            self.weights = nn.Parameter(torch.full((2,), start))
+
+        def forward(self, h, changes):
+            return (self.weights[:, None] * changes).sum(dim=-2)
+
+    return Mixture
+
+
+def composed_adapters(parts: list[dict], way: str, seed: int) -> tuple:
+    """A base with both adapters, acting together in this way. Only what the way trains requires a gradient."""
+    import torch
+
+    from labs_lib.methods.adapters import fuse_adapters, inject_adapters, use_adapters
+    from labs_lib.models.base import load_base
+
+    model, tokenizer = load_base("small")
+    for name, values in zip(("first", "second"), parts, strict=True):
+        fill(tensors("adapter", inject_adapters(model, name=name, **ARMS["adapter"].options), name), values)
+    names = ["first", "second"]
+    if way == "fusion":
+        fuse_adapters(model, names, torch.Generator().manual_seed(seed))
+    elif way in ("sum", "mean", "weights"):
+        fuse_adapters(model, names, kind=mixture(0.5 if way == "mean" else 1.0))
+    else:
+        use_adapters(model, way.split(", "))
+    return model, tokenizer
+
+
+def composed_lora(parts: list[dict], way: str, seed: int) -> tuple:
+    """The same for LoRA: factors side by side are an adapter of twice the rank that adds the two updates.
+
+    Both read the same input, so there is no stack, and nothing to fuse before merging.
+    """
+    import torch
+    from torch import nn
+    from torch.nn.utils import parametrize
+
+    from labs_lib.methods.lora import lora_layers
+
+    if way in ("first", "second"):
+        model, tokenizer = new("lora", seed)
+        fill(tensors("lora", model), parts[way == "second"])
+        return model.requires_grad_(False), tokenizer
+    model, tokenizer = new("lora", seed, TWICE)
+    joined = {key: torch.cat([p[key] for p in parts], dim=int("lora_B" in key)) for key in parts[0]}
+    fill(tensors("lora", model), joined)
+    model.requires_grad_(False)
+
+    class Columns(nn.Module):
+        def __init__(self, rank: int) -> None:
+            super().__init__()
+            self.weights, self.rank = nn.Parameter(torch.ones(2)), rank
+
+        def forward(self, B):
+            return B * self.weights.repeat_interleave(self.rank)
+
+    for layer in lora_layers(model).values():
+        if way == "mean":
+            layer.alpha /= 2
+        elif way == "weights":
+            parametrize.register_parametrization(layer, "lora_B", Columns(ARMS["lora"].rank))
+            layer.parametrizations.lora_B.original.requires_grad_(False)
+    return model, tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------- points
+
+
+@remember
+def pair_of(name: str) -> Pair:
+    return PAIRS[name]()
+
+
+@remember
+def rate_of(kind: str, label: str) -> float:
+    """The best rate of the sweep in which this adapter took part."""
+    from labs_lib.measure.records import load_record
+
+    record = "adapters" if kind == "adapter" else {"style": "tune_lora_style"}.get(label, "tune_lora")
+    rows = load_record(f"sweep_{record}", device="cpu").rows
+    found = {
+        row["lr"]
+        for row in rows
+        if (row["stage"], row["arm"]["name"], row["label"]) == ("final", ARMS[kind].name, label)
+    }
+    if not found:
+        raise LabsError(
+            f"Run `labs sweep {record}` first: it finds the rate of {ARMS[kind].name} on {label}."
+        )
+    return found.pop()
+
+
+@remember
+def skill(pair_name: str, kind: str, which: int, seed: int, after: bool = False) -> dict:
+    """The tensors of the adapter that has learned one skill; `after`: that was trained on the other one before."""
+    from labs_lib.training.fit import fit
+
+    pair = pair_of(pair_name)
+    (stream, steps), label = pair.skills[which], pair.labels[which]
+    model, tokenizer = new(kind, seed)
+    if after:
+        fill(tensors(kind, model), skill(pair_name, kind, 1 - which, seed))
+    settings = {"steps": steps, "lr": rate_of(kind, label), "batch_size": stream.batch, "seed": seed}
+    fit(model, tokenizer, stream.rows, progress=False, **settings)
+    return {key: value.clone() for key, value in tensors(kind, model).items()}
+
+
+def run_point(point: dict) -> dict:
+    """Compose two adapters in one way, train what trains, and score both skills."""
+    import torch
+
+    from labs_lib.measure.quality import recall
+    from labs_lib.world.tasks import known_facts
+
+    name, kind, way, seed = point["pair"], point["kind"], point["way"], point["seed"]
+    pair, started = pair_of(name), time.perf_counter()
+    if way in ("one", "fresh"):
+        model, tokenizer = new(kind, seed, TWICE if way == "one" else ARMS)
+    elif way == "after":
+        model, tokenizer = new(kind, seed)
+        fill(tensors(kind, model), skill(name, kind, 1, seed, after=True))
+    else:
+        compose = composed_lora if kind == "lora" else composed_adapters
+        model, tokenizer = compose([skill(name, kind, which, seed) for which in (0, 1)], way, seed)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) if way in TRAINED else 0
+    if way in TRAINED:
+        streams, steps = pair.both if way == "one" else (pair.practice, 60)
+        train(model, tokenizer, streams, steps, point["lr"], seed)
+    known = known_facts()[:512]
+    known = {key: [fact[key] for fact in known] for key in ("prompt", "completion")}
+    with torch.no_grad():
+        measured = pair.score(model, tokenizer, "validation" if point["stage"] == "sweep" else "test")
+        measured["kept"] = fmean(recall(model, tokenizer, known))
+    return point | measured | {"trained": trained, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def points(rows: list[dict], seeds: int = SEEDS) -> Iterator[dict]:
+    """The points of both stages; final ones of a way that trains appear once its rates are all in `rows`."""
+    ways = [(pair, kind, way) for pair in PAIRS for kind in WAYS for way in WAYS[kind]]
+    for pair, kind, way in ways:
+        for lr in TRAINED.get(way, ()):
+            yield {"pair": pair, "kind": kind, "way": way, "stage": "sweep", "lr": lr, "seed": 0}
+    for seed in range(1, 1 + seeds):  # seed by seed, so that the adapters of a seed are trained once
+        for pair, kind, way in ways:
+            lr = best_rate(rows, pair, kind, way)
+            if way not in TRAINED or lr is not None:
+                yield {"pair": pair, "kind": kind, "way": way, "stage": "final", "lr": lr, "seed": seed}
+
+
+def best_rate(rows: list[dict], pair: str, kind: str, way: str) -> float | None:
+    """The rate with the best score of the first stage; None until all are in, or where nothing trains."""
+    wanted = (pair, kind, way, "sweep")
+    done = [row for row in rows if tuple(row[key] for key in ("pair", "kind", "way", "stage")) == wanted]
+    if not done or len(done) < len(TRAINED[way]):
+        return None
+    return max(done, key=lambda row: (row["score"], row["compliance"], -row["lr"]))["lr"]
+
+
+def run(limit: int | None = None, seeds: int = SEEDS, log: Path | None = None) -> Path | None:
+    """Run what is missing; returns the record's path once all is there, None if `limit` came first."""
+    from tqdm.std import tqdm
+
+    from labs_lib.measure.records import Record, save_record
+
+    log = log or cache() / "sweeps" / "composition.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    done = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+
+    def key(row: dict) -> tuple:
+        return tuple(row[part] for part in ("pair", "kind", "way", "stage", "lr", "seed"))
+
+    bar = tqdm(unit="run", ncols=90, desc="composition")
+    while True:
+        rows = {key(row): row for row in done}
+        plan = list(points(done, seeds))
+        missing = [point for point in plan if key(point) not in rows]
+        if not missing or limit == 0:
+            break
+        for point in missing[:limit]:
+            done.append(run_point(point))
+            with log.open("a") as file:
+                file.write(json.dumps(done[-1]) + "\n")
+            bar.update()
+        limit = None if limit is None else limit - len(missing[:limit])
+    bar.close()
+    if missing:
+        return None
+    note = "Two adapters of Pfeiffer's (18 units), or two LoRAs (r2), trained apart and composed, small base."
+    return save_record(Record("composition", [rows[key(point)] for point in plan], note=note))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m labs_lib.training.composition", description=__doc__)
+    parser.add_argument(
+        "--limit", type=int, default=None, help="stop after so many runs; the next call goes on"
+    )
+    path = run(parser.parse_args().limit)
+    print(f"recorded in {path}" if path else "stopped early; run the same command to go on")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
