@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from labs_lib.errors import LabsError
 from labs_lib.paths import root
 
-EXTRAS = ("jupyter", "serve", "dev")
+EXTRAS = ("jupyter", "serve", "scale", "book", "dev")
 HELD = "torch==2.13.0"  # moves by hand only: a new torch is hundreds of MB and shifts every measured number
 CUDA = re.compile(r"(nvidia|cuda)-|triton=")
 HEADER = """\
