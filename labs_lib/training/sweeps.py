@@ -490,5 +490,53 @@ SWEEPS = {
             rates=(),
             seeds=3,
         ),
+        Sweep(
+            name="prefix_facts_long",
+            note="512 facts for 900 steps: a prefix, with and without projection, and LoRA on q and v, as large.",
+            arms=(
+                _prefix(18, rates=(3e-2, 1e-1, 3e-1)),
+                replace(_QV_R9, rates=(3e-3, 1e-2, 3e-2)),
+                _prefix(18, _PROJECTION, (1e-3, 3e-3, 1e-2)),
+            ),
+            tasks=(replace(_FACTS_512, label="knowledge, 900 steps", steps=900),),
+            rates=(),
+            seeds=3,
+        ),
+        Sweep(
+            name="prefix_style_small",
+            note="One tenant's style with half as many numbers: a prefix of 9 tokens and LoRA r1.",
+            arms=(_prefix(9), replace(_R2, name="LoRA r1, all linear", rank=1, alpha=2)),
+            tasks=(_STYLE,),
+            rates=_RATES,
+            seeds=5,
+        ),
+        Sweep(
+            name="prefix_reviews_long",
+            note="prefix_reviews for three times as many steps, with more seeds.",
+            arms=(
+                _prefix(18, rates=(3e-2, 1e-1, 3e-1)),
+                _prefix(18, _PROJECTION, (1e-3, 3e-3, 1e-2)),
+                replace(_R2, rates=(3e-3, 5e-3, 1e-2)),
+                replace(_R8, rates=(3e-3, 5e-3, 1e-2)),
+            ),
+            tasks=(replace(_REVIEWS, steps=120),),
+            rates=(),
+            seeds=8,
+        ),
+        Sweep(
+            name="prefix_stability_wide",
+            note="prefix_stability beyond its grid: now three steps of the rate lie on either side of each best one.",
+            arms=tuple(
+                replace(_prefix(18, hidden, (rate,)), name=f"{name} {rate:g}")
+                for name, hidden, rates in (
+                    ("direct", None, (3.0, 10.0)),
+                    ("projected", _PROJECTION, (1e-4, 3e-4)),
+                )
+                for rate in rates
+            ),
+            tasks=(_STYLE,),
+            rates=(),
+            seeds=4,
+        ),
     )
 }
