@@ -105,6 +105,15 @@ def load_base(
         return _load(_verified(DEFAULT), dtype, device, quantise)
 
 
+def fresh_base(size: str, seed: int) -> "PreTrainedModel":
+    """A family member before any training: random weights, drawn by the seed."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(base_config(size)).eval()
+
+
 def _verified(size: str) -> Path:
     from labs_lib.world.build import verify
 

@@ -5,6 +5,7 @@ Our own method where it is as fast as PEFT's, else PEFT's, to which the tests pr
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,12 +35,18 @@ def full(model, arm: "Arm", seed: int, steps: int) -> Adapted:
 
 
 def lora(model, arm: "Arm", seed: int, steps: int) -> Adapted:
+    """Our LoRA; with the option `rest`, what is no target layer (embeddings, norms) trains too, as under GaLore."""
     import torch
 
-    from labs_lib.methods.lora import inject_lora
+    from labs_lib.methods.lora import inject_lora, lora_layers
 
     generator = torch.Generator().manual_seed(seed)
-    return Adapted(inject_lora(model, arm.targets, arm.rank, arm.alpha, generator=generator))
+    model = inject_lora(model, arm.targets, arm.rank, arm.alpha, generator=generator)
+    if arm.options.get("rest"):
+        frozen = {id(layer.base.weight) for layer in lora_layers(model).values()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) not in frozen)
+    return Adapted(model)
 
 
 def dora(model, arm: "Arm", seed: int, steps: int) -> Adapted:
@@ -124,7 +131,8 @@ def damage(model, block: int, size: float, rank: int, seed: int) -> None:
 def qlora(model, arm: "Arm", seed: int, steps: int) -> Adapted:
     """Our LoRA on a base that bitsandbytes holds in 4 bits (`Arm.quantise`), and what each way to merge it would do.
 
-    That is measured for the fresh seeds only, not for seed 0, which chooses the rate.
+    That is measured for the fresh seeds only, not for seed 0, which chooses the rate. With the option `unpack` the base
+    is dequantised once instead of at every step: the same numbers several times as fast, and no report on merging.
     """
 
     def finish() -> dict:
@@ -138,8 +146,27 @@ def qlora(model, arm: "Arm", seed: int, steps: int) -> Adapted:
         tokenizer = load_base(model.name_or_path)[1]
         return {"merge": merge_report(model, tokenizer, texts)}
 
-    model = lora(model, arm, seed, steps).model
-    return Adapted(model, finish=finish if seed else dict)
+    unpack = arm.options.get("unpack", False)
+    model = lora(unpacked(model) if unpack else model, arm, seed, steps).model
+    return Adapted(model, finish=finish if seed and not unpack else dict)
+
+
+def unpacked(model):
+    """Plain float32 layers in place of bitsandbytes' 4-bit ones, with the very values that those compute with."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    from labs_lib.methods.modules import replace
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear4bit):
+            weight = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+            linear = torch.nn.Linear(*reversed(weight.shape), bias=False, device=weight.device)
+            linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+            replace(model, name, linear)
+    model.is_quantized = False
+    return model
 
 
 def prompt(model, arm: "Arm", seed: int, steps: int) -> Adapted:
@@ -198,14 +225,48 @@ def llama_adapter(model, arm: "Arm", seed: int, steps: int) -> Adapted:
 
 
 def prefix(model, arm: "Arm", seed: int, steps: int) -> Adapted:
-    """Our prefix; options: `tokens`, and whatever else `add_prefix` takes, e.g. `hidden` for the projection."""
+    """Our prefix; options: `tokens`, and whatever else `add_prefix` takes, e.g. `hidden` for the projection.
+
+    With the option `text` it starts from the keys and values of that text's first tokens. On a style, fresh seeds tell
+    how far the prefix lies from what real tokens leave in the cache (`prefix_distance`), at the start and at the end.
+    """
     import torch
     from transformers import DynamicCache
 
-    from labs_lib.methods.prefix_tuning import add_prefix
+    from labs_lib.methods.prefix_tuning import DirectPrefix, PrefixTuning, add_prefix, text_prefix
+    from labs_lib.methods.prompt_tuning import leave_base_out
+    from labs_lib.models.base import load_base
+    from labs_lib.training.sweeps import TENANT
+    from labs_lib.world.tasks import load_task
 
-    generator = torch.Generator().manual_seed(seed)
-    return Adapted(add_prefix(model, cache=DynamicCache, generator=generator, **arm.options))
+    options = dict(arm.options)
+    tokenizer = load_base(model.name_or_path)[1]
+    if text := options.pop("text", ""):
+        words = text_prefix(model, tokenizer(text)["input_ids"][: options["tokens"]])
+        model = leave_base_out(PrefixTuning(model, words, DynamicCache))
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        model = add_prefix(model, cache=DynamicCache, generator=generator, **options)
+    start = DirectPrefix(model.prefix())
+
+    def finish() -> dict:
+        texts = load_task("style", tenant=TENANT)["train"]["prompt"][:32]
+        table = torch.cat([text_prefix(model.base, tokenizer(each)["input_ids"]).weight for each in texts])
+        ends = {"distance_at_start": start(), "distance": model.prefix()}
+        return {name: prefix_distance(prefix.detach(), table.detach()) for name, prefix in ends.items()}
+
+    return Adapted(model, finish=finish)
+
+
+def prefix_distance(prefix, table) -> float:
+    """How far virtual tokens lie from the nearest real one, over the usual distance between real ones (medians).
+
+    `prefix` is (tokens, 2 x layers x width), `table` the same for tokens that the base has read (n, ...).
+    """
+    from labs_lib.methods.prompt_tuning import nearest_tokens
+
+    usual = nearest_tokens(table, table, k=2, metric="euclidean")[1][:, 1].median()
+    return (nearest_tokens(prefix, table, metric="euclidean")[1].median() / usual).item()
 
 
 def ia3(model, arm: "Arm", seed: int, steps: int) -> Adapted:
@@ -215,6 +276,18 @@ def ia3(model, arm: "Arm", seed: int, steps: int) -> Adapted:
     return Adapted(inject_ia3(model, feedforward=arm.options.get("feedforward", FEEDFORWARD)))
 
 
+def galore(model, arm: "Arm", seed: int, steps: int) -> Adapted:
+    """Every weight trains, by our GaLore with the arm's rank. Options: `update_proj_gap`, `scale`, `proj_type`.
+
+    All else is Adam as the other arms have it (eps 1e-8, no decay).
+    """
+    from labs_lib.methods.galore import DEFAULTS, GaLoreAdamW, galore_groups
+
+    projection = {name: arm.options[name] for name in DEFAULTS if name in arm.options}
+    groups = galore_groups(model.requires_grad_(True), arm.targets, arm.rank, **projection)
+    return Adapted(model, optimizer=lambda lr: GaLoreAdamW(groups, lr=lr, eps=1e-8))
+
+
 def zoo(model, arm: "Arm", seed: int, steps: int) -> Adapted:
     """A method of the zoo, by its name in the option `method`; the other options are its own.
 
@@ -222,26 +295,51 @@ def zoo(model, arm: "Arm", seed: int, steps: int) -> Adapted:
     """
     import torch
 
+    from labs_lib.methods.updates import spectrum, update_of
     from labs_lib.methods.zoo import ZOO
-    from labs_lib.methods.zoo.layer import inject_zoo, options_of
+    from labs_lib.methods.zoo.layer import inject_zoo, options_of, zoo_layers
 
     options = dict(arm.options)
     kind = ZOO[options.pop("method")]
     sizes = {"rank": arm.rank, "alpha": arm.alpha}
     options = {name: size for name, size in sizes.items() if name in options_of(kind)} | options
     generator = torch.Generator().manual_seed(seed)
-    return Adapted(inject_zoo(model, kind, arm.targets, generator=generator, **options))
+    model = inject_zoo(model, kind, arm.targets, generator=generator, **options)
+
+    def finish() -> dict:
+        """Means over the layers: two ranks of the update, and its size over the weight's (Frobenius)."""
+        spectra, sizes = [], []
+        for name, layer in zoo_layers(model).items():
+            update = update_of(model, name)
+            spectra.append(spectrum(update))
+            sizes.append((update.norm() / layer.base.weight.norm()).item())
+        ranks = {kind: [getattr(each, kind) for each in spectra] for kind in ("effective_rank", "stable_rank")}
+        return {kind: round(fmean(values), 3) for kind, values in (ranks | {"change": sizes}).items()}
+
+    return Adapted(model, finish=finish)
 
 
 def mix_and_match(model, arm: "Arm", seed: int, steps: int) -> Adapted:
-    """A prefix for attention and a scaled parallel adapter for the FFN; options: `tokens`, `bottleneck`, `scale`."""
+    """A prefix for attention and a scaled parallel adapter for the FFN.
+
+    Options: `tokens`, `bottleneck`, `scale`; `prefix_rate` is the prefix's learning rate over the adapters' (1).
+    """
     import torch
     from transformers import DynamicCache
 
+    from labs_lib.methods.lora import trainable_parameters
     from labs_lib.methods.unified import mix_and_match
 
-    generator = torch.Generator().manual_seed(seed)
-    return Adapted(mix_and_match(model, cache=DynamicCache, generator=generator, **arm.options))
+    options = dict(arm.options)
+    times, generator = options.pop("prefix_rate", 1), torch.Generator().manual_seed(seed)
+    model = mix_and_match(model, cache=DynamicCache, generator=generator, **options)
+    groups = [trainable_parameters(part) for part in (model.base, model.prefix)]
+
+    def optimizer(lr: float) -> torch.optim.Optimizer:
+        rates = zip(groups, (lr, times * lr), strict=True)
+        return torch.optim.AdamW([{"params": each, "lr": rate} for each, rate in rates], weight_decay=0.0)
+
+    return Adapted(model, optimizer=optimizer if times != 1 else None)
 
 
 def peft(model, config, seed: int) -> Adapted:
@@ -268,6 +366,7 @@ METHODS: "dict[str, Callable[..., Adapted]]" = {
         llama_adapter,
         prefix,
         ia3,
+        galore,
         zoo,
         mix_and_match,
     )

@@ -10,8 +10,9 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
@@ -34,7 +35,7 @@ def evaluate(model, tokenizer, task: str, tenant: str | None, rows) -> dict[str,
     nothing to hold out, and the rate is chosen by the very quantity that is asked for. Fresh seeds keep the lucky draw
     of the choice out of the result. A style must hold for products that neither training nor the choice has seen.
     """
-    from labs_lib.measure.quality import accuracy, recall, style_quality
+    from labs_lib.measure.quality import accuracy, perplexity, recall, style_quality
     from labs_lib.world.tasks import known_facts
     from labs_lib.world.tenants import load_tenant
 
@@ -46,6 +47,9 @@ def evaluate(model, tokenizer, task: str, tenant: str | None, rows) -> dict[str,
         scores["score"] = fmean(recall(model, tokenizer, rows))
     elif task == "retention":  # a repair: what the base knew is what is asked for
         scores["score"] = scores["kept"]
+    elif task == "domain":  # the (geometric) mean probability of a token, so that more is better
+        scores["perplexity"] = perplexity(model, tokenizer, rows)
+        scores["score"] = 1 / scores["perplexity"]
     elif task == "classification":
         right = accuracy(model, tokenizer, rows)
         scores["score"] = fmean(right)
@@ -63,13 +67,15 @@ def run_point(point: dict, size: str = "small", progress: bool = False) -> dict:
     Returns:
         The point with its measurements.
     """
-    from labs_lib.models.base import load_base
+    from labs_lib.models.base import fresh_base, load_base
     from labs_lib.training.fit import fit
     from labs_lib.world.tasks import load_task
 
     arm = Arm(**point["arm"])
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     model, tokenizer = load_base(size, quantise=arm.quantise)
+    if arm.options.get("fresh"):
+        model = fresh_base(size, point["seed"])
     data = load_task(point["task"], tenant=point.get("tenant"), facts=point.get("facts", 1024))
     adapted = METHODS[arm.method](model, arm, point["seed"], point["steps"])
     model = adapted.model
@@ -103,7 +109,8 @@ def run_point(point: dict, size: str = "small", progress: bool = False) -> dict:
             raise
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         measured = {"loss": None, "params": trainable, "kept": 0.0, "score": 0.0, "diverged": True}
-    return point | measured | {"seconds": round(time.perf_counter() - started, 1)}
+    spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - worked}
+    return point | measured | {name: round(value, 1) for name, value in spent.items()}
 
 
 def few(train, examples: int | None, seed: int) -> dict:
@@ -145,20 +152,24 @@ def points(sweep: Sweep, rows: list[dict]) -> Iterator[dict]:
     for arm in sweep.arms:
         for task in sweep.tasks:
             base = task.settings() | {"arm": arm.to_dict(), "stage": "sweep", "seed": 0}
-            rates = grid(rows, arm, task.label, arm.rates or sweep.rates, sweep.widen)
+            choose = partial(best_rate, rows, arm, task.label, gentle=sweep.gentle)
+            rates = grid(choose, arm.rates or sweep.rates, sweep.widen)
             for lr in rates:
                 yield base | {"lr": lr}
-            best = best_rate(rows, arm, task.label, rates)
+            best = choose(rates)
             if best is not None:
                 for seed in range(1, 1 + sweep.seeds):
                     yield base | {"lr": best, "stage": "final", "seed": seed}
 
 
-def grid(rows: list[dict], arm: Arm, task: str, rates: tuple[float, ...], widen: int) -> tuple[float, ...]:
-    """The rates to try: while the best is the first or the last, one more beyond it, by the same factor."""
+def grid(choose: Callable, rates: tuple[float, ...], widen: int) -> tuple[float, ...]:
+    """The rates to try: while the best is the first or the last, one more beyond it, by the same factor.
+
+    `choose` gives the best of some rates, None if they have not all been tried.
+    """
     rates = list(rates)
     for _ in range(widen):
-        best = best_rate(rows, arm, task, tuple(rates))
+        best = choose(tuple(rates))
         if best == rates[0]:
             rates.insert(0, float(f"{rates[0] ** 2 / rates[1]:.2g}"))
         elif best == rates[-1]:
@@ -168,10 +179,13 @@ def grid(rows: list[dict], arm: Arm, task: str, rates: tuple[float, ...], widen:
     return tuple(rates)
 
 
-def best_rate(rows: list[dict], arm: Arm, task: str, rates: tuple[float, ...]) -> float | None:
+def best_rate(
+    rows: list[dict], arm: Arm, task: str, rates: tuple[float, ...], gentle: bool = False
+) -> float | None:
     """The learning rate with the best score of the first stage; None until all are in.
 
-    Ties go to the lower loss: held-out where that was watched, else of training.
+    Ties go to the lower loss: held-out where that was watched, else of training. With `gentle` they go to the lower
+    rate.
     """
     first = [r for r in rows if r["stage"] == "sweep" and r["arm"]["name"] == arm.name and r["label"] == task]
     done = [r for r in first if r["lr"] in rates]
@@ -179,6 +193,8 @@ def best_rate(rows: list[dict], arm: Arm, task: str, rates: tuple[float, ...]) -
         return None
 
     def merit(row: dict) -> tuple[float, float]:
+        if gentle:
+            return row["score"], -row["lr"]
         loss = row.get("held_loss", row["loss"])
         return row["score"], -(loss if loss is not None else float("inf"))
 
@@ -198,6 +214,8 @@ def log_path(sweep: Sweep) -> Path:
 
 def run_sweep(sweep: Sweep, jobs: int = 1, limit: int | None = None) -> Path | None:
     """Run what is missing of a sweep; returns the record's path once it is complete, None if `limit` came first.
+
+    Seed by seed: when it is stopped early, all arms have got equally far.
 
     Rows of the log that the sweep does not ask for, or no longer, are left out of the record.
     """
@@ -219,12 +237,13 @@ def run_sweep(sweep: Sweep, jobs: int = 1, limit: int | None = None) -> Path | N
         bar.update(len(plan) - len(missing) - bar.n)
         if not missing or limit == 0:
             break
-        for row in _results(missing[:limit], sweep.size, jobs):
+        todo = [p for p in missing if p["seed"] == min(p["seed"] for p in missing)][:limit]
+        for row in _results(todo, sweep.size, jobs):
             done.append(row)
             with log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             bar.update()
-        limit = None if limit is None else limit - len(missing[:limit])
+        limit = None if limit is None else limit - len(todo)
     bar.close()
     if missing:
         return None

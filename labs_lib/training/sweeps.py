@@ -15,7 +15,8 @@ class Arm:
         method: a name in `adapt.METHODS`.
         rates: instead of the sweep's learning rates.
         options: anything else that the method takes; and for every method `examples` (train on so many rows, drawn
-            by the seed) and `watch` (steps after which a style is scored on held-out rows, in the second stage).
+            by the seed), `watch` (steps after which a style is scored on held-out rows, in the second stage) and
+            `fresh` (start from random weights instead of the base's).
         quantise: of the frozen base, as `load_base` takes it.
         curve: keep the loss of every step.
     """
@@ -58,7 +59,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Arms by tasks. `widen`: so many rates more may be tried, one by one, where an arm's best is at its grid's edge."""
+    """Arms by tasks.
+
+    Attributes:
+        widen: so many rates more may be tried, one by one, where an arm's best is at its grid's edge.
+        gentle: of rates that score the same take the lowest, which forgets least; else that of the lowest loss.
+    """
 
     name: str
     note: str
@@ -68,11 +74,11 @@ class Sweep:
     seeds: int
     size: str = "small"
     widen: int = 0
+    gentle: bool = False
 
     def to_dict(self) -> dict:
-        return {
-            k: v for k, v in asdict(self).items() if k != "widen" or v
-        }  # logs of fixed grids keep their names
+        """The definition; what is off is left out, so that logs of earlier sweeps keep their names."""
+        return {k: v for k, v in asdict(self).items() if k not in ("widen", "gentle") or v}
 
 
 def _lora(rank: int, targets: str | tuple[str, ...] = "all-linear", label: str = "all") -> Arm:
@@ -177,6 +183,35 @@ def _prefix(tokens: int, hidden: int | None = None, rates: tuple[float, ...] = _
     name = f"prefix {tokens}" + (", projected" if hidden else "")
     options = {"tokens": tokens} | ({"hidden": hidden} if hidden else {})
     return Arm(name, method="prefix", options=options, rates=rates)
+
+
+def _mixed(name: str, tokens: int, units: int, rates: tuple[float, ...], **more) -> Arm:
+    """Prefix and parallel adapter, together about LoRA r2's 18,944 numbers."""
+    options = {"tokens": tokens, "bottleneck": units, "scale": 4} | more
+    return Arm(name, method="mix_and_match", options=options, rates=rates)
+
+
+_WAYBILLS = Task("waybills", "domain", steps=64, batch=16)  # text of a register that the base has never seen
+_GALORE_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+
+
+def _galore(rank: int, gap: int = 50, **more) -> Arm:
+    options = {"update_proj_gap": gap} | more.pop("options", {})
+    return Arm(more.pop("name", f"GaLore r{rank}"), "galore", rank, options=options, **more)
+
+
+def _fresh(arm: Arm) -> Arm:
+    """The same arm, from random weights."""
+    return replace(arm, options=arm.options | {"fresh": True})
+
+
+_ALL_ADAM = replace(_FULL, rates=(3e-4, 1e-3, 3e-3, 1e-2))
+
+
+def _lora_and_rest(rank: int) -> Arm:
+    """LoRA beside trained embeddings and norms: all that GaLore does not project trains here too."""
+    options = {"rest": True}
+    return Arm(f"LoRA r{rank} and the rest", rank=rank, alpha=2 * rank, options=options, rates=_GALORE_RATES)
 
 
 SWEEPS = {
@@ -448,6 +483,19 @@ SWEEPS = {
             seeds=4,
         ),
         Sweep(
+            name="mix_and_match",
+            note="Prefix and parallel adapter in one model, at about LoRA r2's 18,944 parameters.",
+            arms=(
+                _mixed("3 tokens, 15 units, one rate", 3, 15, (3e-3, 1e-2, 3e-2)),
+                _mixed("3 tokens, 15 units", 3, 15, (3e-3, 1e-2, 3e-2), prefix_rate=10),
+                _mixed("9 tokens, 9 units", 9, 9, (3e-3, 1e-2, 3e-2), prefix_rate=10),
+            ),
+            tasks=(_FACTS_512, _STYLE),
+            rates=(),
+            seeds=5,
+            widen=1,
+        ),
+        Sweep(
             name="prefix",
             note="Prefix tuning on 512 facts, with about as many parameters as LoRA r2, and exactly as many as r8.",
             arms=(_prefix(18), _prefix(74)),
@@ -481,6 +529,67 @@ SWEEPS = {
             tasks=(_STYLE,),
             rates=(),
             seeds=4,
+        ),
+        Sweep(
+            name="galore",
+            note="Continued pretraining on waybills: all weights by Adam, by GaLore of a quarter of the rank, and LoRA.",
+            arms=(
+                _ALL_ADAM,
+                _galore(32, rates=_GALORE_RATES),
+                replace(_R8, rates=(3e-3, 1e-2, 3e-2, 1e-1)),
+                _lora_and_rest(32),
+            ),
+            tasks=(_WAYBILLS,),
+            rates=(),
+            seeds=5,
+            widen=2,
+        ),
+        Sweep(
+            name="galore_scratch",
+            note="The same text from random weights, tiny base: all weights by Adam, by GaLore, and LoRA.",
+            arms=(
+                _fresh(_ALL_ADAM),
+                _fresh(_galore(16, rates=_GALORE_RATES)),
+                _fresh(_lora_and_rest(16)),
+            ),
+            tasks=(replace(_WAYBILLS, steps=100),),
+            rates=(),
+            seeds=5,
+            size="tiny",
+            widen=2,
+        ),
+        Sweep(
+            name="galore_rank",
+            note="Continued pretraining on waybills by GaLore: rank by learning rate, three seeds.",
+            arms=tuple(
+                _galore(rank, name=f"GaLore r{rank} {rate:g}", rates=(rate,))
+                for rank in (4, 32)
+                for rate in (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+            ),
+            tasks=(replace(_WAYBILLS, batch=8),),
+            rates=(),
+            seeds=2,
+        ),
+        Sweep(
+            name="galore_gap",
+            note="GaLore r4 on the tiny base from random weights: how often the basis is computed anew.",
+            arms=tuple(
+                _fresh(_galore(4, gap, name=f"GaLore r4, gap {gap}", rates=(3e-3, 1e-2, 3e-2)))
+                for gap in (5, 20, 200)
+            ),
+            tasks=(replace(_WAYBILLS, steps=100, batch=8),),
+            rates=(),
+            seeds=3,
+            size="tiny",
+        ),
+        Sweep(
+            name="galore_facts",
+            note="512 new facts by GaLore with a quarter of the rank, beside full fine-tuning in sweep_adalora.",
+            arms=(_galore(32, rates=_GALORE_RATES),),
+            tasks=(_FACTS_512,),
+            rates=(),
+            seeds=5,
+            widen=1,
         ),
         Sweep(
             name="prefix_long",
