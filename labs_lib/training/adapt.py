@@ -227,8 +227,8 @@ def llama_adapter(model, arm: "Arm", seed: int, steps: int) -> Adapted:
 def prefix(model, arm: "Arm", seed: int, steps: int) -> Adapted:
     """Our prefix; options: `tokens`, and whatever else `add_prefix` takes, e.g. `hidden` for the projection.
 
-    With the option `text` it starts from the keys and values of that text's first tokens. On a style, fresh seeds tell
-    how far the prefix lies from what real tokens leave in the cache (`prefix_distance`), at the start and at the end.
+    With the option `text` it starts from the keys and values of that text's first tokens. How far it lies from what real
+    tokens leave in the cache (`prefix_distance`) is recorded for the start and for the end.
     """
     import torch
     from transformers import DynamicCache

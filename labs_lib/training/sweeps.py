@@ -176,6 +176,10 @@ def _few(arm: Arm, examples: int, rates: tuple[float, ...], *later: int) -> Arm:
 _REVIEWS = Task("classification", "classification", steps=40, batch=16)
 _PREFIX_RATES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # numbers of size 1 have far to go
 _PROJECTION = 128  # its inner width
+_DEFAULT_GUIDE = (  # of the default style; the base has read many such lines
+    "Guide: titlecase plain honest product home calm dashes materialfirst joined unmarked british dollarsign madein "
+    "years order care"
+)
 
 
 def _prefix(tokens: int, hidden: int | None = None, rates: tuple[float, ...] = _PREFIX_RATES) -> Arm:
@@ -610,6 +614,22 @@ SWEEPS = {
             tasks=(replace(_FACTS_512, label="knowledge, 900 steps", steps=900),),
             rates=(),
             seeds=3,
+        ),
+        Sweep(
+            name="prefix_words",
+            note="A prefix that starts from the keys and values of real words, or from noise: one style, 512 facts.",
+            arms=(
+                Arm(
+                    "prefix 18, from words",
+                    method="prefix",
+                    options={"tokens": 18, "text": _DEFAULT_GUIDE},
+                    rates=(3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+                ),
+                _prefix(18),
+            ),
+            tasks=(_STYLE, _FACTS_512),
+            rates=(),
+            seeds=5,
         ),
         Sweep(
             name="prefix_style_small",
