@@ -21,6 +21,7 @@ COMMANDS = {
     "course": ("labs_lib.build.report", "run all labs in order, write a report to browse"),
     "claims": ("labs_lib.measure.claims", "the chapter's claims and what was measured about them"),
     "sweep": ("labs_lib.training.sweep", "run a recorded sweep; resumes where it stopped"),
+    "bakeoff": ("labs_lib.training.bakeoff", "all methods by one protocol; resumes where it stopped"),
     "pretrain": (
         "labs_lib.models.pretrain",
         "pretrain a member of the base family; resumes where it stopped",
@@ -31,6 +32,8 @@ COMMANDS = {
     "bench": ("labs_lib.serving.bench", "measure the serving engine against other ways to serve adapters"),
     "data": ("labs_lib.world.build", "rebuild the shipped data, or check it against its checksums"),
     "build": ("labs_lib.build.notebooks", "write the notebooks from solutions/*.py; --check only compares"),
+    "book": ("labs_lib.build.book", "write the course as a site to read, from the stored outputs"),
+    "grade": ("labs_lib.build.grade", "run learners' notebooks and write a CSV of their checks"),
     "test": ("labs_lib.suite", "lint, unit tests, every notebook"),
     "lock": ("labs_lib.lock", "update requirements.lock from the ranges in pyproject.toml"),
     "clean": ("labs_lib.clean", "remove the caches; notebooks, data and the environment stay"),

@@ -170,18 +170,21 @@ def unpacked(model):
 
 
 def prompt(model, arm: "Arm", seed: int, steps: int) -> Adapted:
-    """Our soft prompt, and where in the vocabulary it ended.
+    """Our soft prompt, and where in the vocabulary it ended: distances to the nearest token, over the usual one.
 
-    Options: `tokens`; `init`; `std` of "random"; `text` of "text". Where the prompt says the nearest tokens instead
-    of itself is measured for fresh seeds on a style only.
+    Options: `tokens`; `init`; `std` of "random"; `text` of "text". `init="guide"` starts from the tenant's guide line.
     """
     import torch
 
     from labs_lib.methods.prompt_tuning import add_prompt, nearest_tokens
     from labs_lib.models.base import load_base
+    from labs_lib.training.sweeps import TENANT
+    from labs_lib.world.tenants import load_tenant
 
     options = dict(arm.options)
     text = options.pop("text", "")
+    if options.get("init") == "guide":
+        options["init"], text = "text", f"Guide: {load_tenant(TENANT).guide}\n"
     ids = load_base(model.name_or_path)[1](text, add_special_tokens=False)["input_ids"] if text else ()
     model = add_prompt(model, ids=ids, generator=torch.Generator().manual_seed(seed), **options)
     table = model.base.get_input_embeddings().weight.detach()

@@ -1,30 +1,85 @@
 """`labs bakeoff`: all methods of the course by one protocol, and what each costs besides quality.
 
-One protocol for everybody: four learning rates half a decade apart, around the one that the method's own lab (or paper)
-found; where the best is at the edge of the grid, the grid grows, by three rates at most; then fresh seeds at the best.
+One protocol for everybody: the same three learning rates for all tasks of an arm, half a decade apart, around the one
+that the method's own lab (or paper) found; where a task's best is at the edge of its grid, the grid grows, by two rates
+at most; of equally good rates the lowest wins, which forgets least; then fresh seeds at it. `sweep` runs it seed by
+seed: stopped early, every arm has equally many.
 """
 
-from typing import TYPE_CHECKING
+import argparse
 
-from labs_lib.training.sweeps import TENANT, Arm, Task
+from labs_lib.training.sweep import run_sweep
+from labs_lib.training.sweeps import TENANT, Arm, Sweep, Task
 
-if TYPE_CHECKING:
-    pass
-
-#: knowledge at three sizes (0.4, 1.5 and 6.1 kbit); retention is what is left of old facts after each of these tasks
+#: Knowledge at three sizes (0.2, 0.8 and 3.1 kbit). Retention is what is left of old facts after each of these tasks.
 TASKS = (
-    Task("style", "style", steps=60, batch=16, tenant=TENANT),
-    Task("classification", "classification", steps=60, batch=16),
-    Task("knowledge, 64 facts", "knowledge", steps=100, batch=32, facts=64),
-    Task("knowledge, 256 facts", "knowledge", steps=150, batch=32, facts=256),
-    Task("knowledge, 1,024 facts", "knowledge", steps=300, batch=64, facts=1024),
+    Task("style", "style", steps=60, batch=8, tenant=TENANT),
+    Task("classification", "classification", steps=40, batch=16),
+    Task("knowledge, 32 facts", "knowledge", steps=40, batch=32, facts=32),
+    Task("knowledge, 128 facts", "knowledge", steps=80, batch=32, facts=128),
+    Task("knowledge, 512 facts", "knowledge", steps=150, batch=64, facts=512),
 )
 
 
-def _rates(middle: float) -> tuple[float, ...]:
-    """Two half-decades below the guess, the guess, one above: too large a rate fails at once, too small one slowly."""
-    return tuple(float(f"{middle * 10 ** (k / 2):.2g}") for k in (-2, -1, 0, 1))
+_GRID = tuple(float(f"{digit}e{power}") for power in range(-5, 2) for digit in (1, 3))
 
 
-def _arm(name: str, method: str, rate: float, **more) -> Arm:
-    return Arm(name, method=method, rates=_rates(rate), **more)
+def _arm(name: str, middle: float, method: str = "lora", **more) -> Arm:
+    """An arm with three rates of the grid ... 0.001, 0.003, 0.01, 0.03 ...: `middle` and its neighbours."""
+    at = _GRID.index(middle)
+    return Arm(name, method, rates=_GRID[at - 1 : at + 2], **more)
+
+
+def _zoo(name: str, middle: float, method: str, rank: int = 8, alpha: float = 16, **options) -> Arm:
+    return _arm(name, middle, "zoo", rank=rank, alpha=alpha, options={"method": method} | options)
+
+
+#: About as many numbers as LoRA r8 on all linear layers, or as LoRA r2 elsewhere; VeRA, IA3 and the prompt have fewer.
+ARMS = (
+    _arm("full fine-tuning", 1e-3, "full"),
+    _arm("LoRA r8", 3e-3),
+    _arm("LoRA r2", 1e-2, rank=2, alpha=4),
+    _arm("QLoRA r8", 3e-3, "qlora", quantise="nf4", options={"unpack": True}),
+    _arm("DoRA r8", 3e-3, "dora"),
+    _arm("LoRA+ r8", 1e-3, "lora_plus", options={"ratio": 8}),
+    _arm("rsLoRA r8", 3e-3, "rslora"),
+    _arm("AdaLoRA r12 to r8", 3e-2, "adalora", alpha=24, options={"init": 12}),
+    _arm("prompt 20", 3e-2, "prompt", options={"tokens": 20}),
+    _arm("prefix 18", 1e-1, "prefix", options={"tokens": 18}),
+    _arm("Pfeiffer 18", 1e-2, "bottleneck", options={"placement": "pfeiffer", "bottleneck": 18}),
+    _arm("LLaMA-Adapter 37", 1e-1, "llama_adapter", options={"prompts": 37, "layers": 4}),
+    _arm("IA3", 3e-1, "ia3"),
+    _arm("GaLore r8", 3e-3, "galore", options={"update_proj_gap": 50, "scale": 1.0}),
+    _zoo("VeRA r256", 1e-1, "vera", rank=256),
+    _zoo("Tied-LoRA r29", 1e-2, "tied_lora", rank=29),
+    _zoo("LoHa r4", 1e-2, "loha", rank=4, alpha=8),
+    _zoo("LoKr r16", 1e-2, "lokr", rank=16, factor=2),
+    _zoo("OFT 32", 1e-2, "oft", block=32),
+    _zoo("BOFT 8, 2 rounds", 1e-2, "boft", block=8, factors=2),
+    _zoo("MiSS r15", 3e-3, "miss", rank=15),
+    _arm("mix-and-match", 3e-2, "mix_and_match", options={"tokens": 9, "bottleneck": 9, "scale": 4.0}),
+)
+
+BAKEOFF = Sweep(
+    name="bakeoff",
+    note="All methods by five tasks: three rates by one seed, widened by up to two at an edge, then five fresh seeds.",
+    arms=ARMS,
+    tasks=TASKS,
+    rates=(),
+    seeds=5,
+    widen=2,
+    gentle=True,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-j", "--jobs", type=int, default=1, help="runs side by side (default: %(default)s)")
+    parser.add_argument(
+        "--limit", type=int, default=None, help="stop after so many runs; the next call goes on"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    path = run_sweep(BAKEOFF, args.jobs, args.limit)
+    print(f"recorded in {path}" if path else "stopped early; run the same command to go on")
+    return 0
