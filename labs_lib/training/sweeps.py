@@ -190,7 +190,7 @@ def _prefix(tokens: int, hidden: int | None = None, rates: tuple[float, ...] = _
 
 
 _PROMPT_RATES = (3e-2, 1e-1, 3e-1, 1.0)
-_PROMPT_TEXT = "Write the copy of this shop in its own voice: "
+_PROMPT_TEXT = "Copy for Fathom Eleven, adventure brand for members:\n"
 
 
 def _prompt(tokens: int, init: str = "vocab", rates: tuple[float, ...] = _PROMPT_RATES, **more) -> Arm:
