@@ -699,12 +699,8 @@ SWEEPS = {
         ),
         Sweep(
             name="prefix_facts_long",
-            note="512 facts for 900 steps: a prefix, with and without projection, and LoRA on q and v, as large.",
-            arms=(
-                _prefix(18, rates=(3e-2, 1e-1, 3e-1)),
-                replace(_QV_R9, rates=(3e-3, 1e-2, 3e-2)),
-                _prefix(18, _PROJECTION, (1e-3, 3e-3, 1e-2)),
-            ),
+            note="512 facts for 900 steps: a prefix, and LoRA on q and v with as many numbers.",
+            arms=(_prefix(18, rates=(3e-2, 1e-1, 3e-1)), replace(_QV_R9, rates=(3e-3, 1e-2, 3e-2))),
             tasks=(replace(_FACTS_512, label="knowledge, 900 steps", steps=900),),
             rates=(),
             seeds=3,
@@ -726,14 +722,6 @@ SWEEPS = {
             seeds=5,
         ),
         Sweep(
-            name="prefix_style_small",
-            note="One tenant's style with half as many numbers: a prefix of 9 tokens and LoRA r1.",
-            arms=(_prefix(9), replace(_R2, name="LoRA r1, all linear", rank=1, alpha=2)),
-            tasks=(_STYLE,),
-            rates=_RATES,
-            seeds=5,
-        ),
-        Sweep(
             name="prefix_reviews_long",
             note="prefix_reviews for three times as many steps, with more seeds.",
             arms=(
@@ -744,7 +732,7 @@ SWEEPS = {
             ),
             tasks=(replace(_REVIEWS, steps=120),),
             rates=(),
-            seeds=8,
+            seeds=6,
         ),
         Sweep(
             name="prefix_stability_wide",
