@@ -22,6 +22,10 @@ COMMANDS = {
     "claims": ("labs_lib.measure.claims", "the chapter's claims and what was measured about them"),
     "sweep": ("labs_lib.training.sweep", "run a recorded sweep; resumes where it stopped"),
     "bakeoff": ("labs_lib.training.bakeoff", "all methods by one protocol; resumes where it stopped"),
+    "compose": (
+        "labs_lib.training.composition",
+        "put two trained adapters together in every way; resumes where it stopped",
+    ),
     "pretrain": (
         "labs_lib.models.pretrain",
         "pretrain a member of the base family; resumes where it stopped",

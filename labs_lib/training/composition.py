@@ -1,15 +1,15 @@
-"""`python -m labs_lib.training.composition`: two adapters trained apart, put together in every way, and measured.
+"""`labs compose`: two adapters trained apart, put together in every way, and measured.
 
-Two pairs of skills. "voice and facts": one tenant's style, and 512 facts. "two halves": each adapter learns eight of the
-sixteen rules of one guide, the other eight staying the base's own, and the text asked for obeys all of them. The
-adapters are Pfeiffer's, beside them LoRA with as many parameters, both at the rates of `labs sweep adapters` and
-`labs sweep tune_lora`.
+Two pairs of skills. "voice and facts": one tenant's style, and new facts. "two halves": each adapter learns eight of
+the sixteen rules of one guide, the other eight staying the base's own, and the text asked for obeys all of them. The
+adapters are Pfeiffer's, beside them LoRA with about as many parameters.
 
-What trains while composing tries three rates with seed 0 on validation rows; the best of them runs with fresh seeds on
-test rows. Stops and goes on like a sweep, and records itself when it is complete.
+Whatever trains, a skill or a way to compose, tries its rates with seed 0 on validation rows; the best of them runs with
+fresh seeds on test rows. Stops and goes on like a sweep, and records itself when it is complete.
 """
 
 import argparse
+import hashlib
 import json
 import random
 import time
@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from labs_lib.errors import LabsError
+from labs_lib.models.base import base_folder
 from labs_lib.paths import cache
 from labs_lib.training.adapt import METHODS
 from labs_lib.training.sweeps import TENANT, Arm
@@ -29,27 +29,40 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-SEEDS = 4
+SEEDS, ROWS = 4, 48  # rows of copy that are scored
+FACTS, FACT_STEPS = 160, 150
+PRACTICE_STEPS = 60  # of what trains while composing
+UNITS, RANK = 18, 2  # about 19,000 numbers each
 ARMS = {
-    "adapter": Arm("Pfeiffer, 18 units", "bottleneck", options={"placement": "pfeiffer", "bottleneck": 18}),
-    "lora": Arm("LoRA r2, all linear", rank=2, alpha=4),
+    "adapter": Arm(
+        f"Pfeiffer, {UNITS} units", "bottleneck", options={"placement": "pfeiffer", "bottleneck": UNITS}
+    ),
+    "lora": Arm(f"LoRA r{RANK}, all linear", rank=RANK, alpha=2 * RANK),
 }
 TWICE = {  # one adapter as large as two
-    "adapter": replace(ARMS["adapter"], options={"placement": "pfeiffer", "bottleneck": 36}),
-    "lora": replace(ARMS["lora"], rank=4, alpha=8),
+    "adapter": replace(ARMS["adapter"], options={"placement": "pfeiffer", "bottleneck": 2 * UNITS}),
+    "lora": replace(ARMS["lora"], rank=2 * RANK, alpha=4 * RANK),
 }
-TRAINED = {  # way -> the rates it tries
-    "weights": (1e-2, 3e-2, 1e-1),
-    "fusion": (1e-3, 3e-3, 1e-2),
-    "fresh": (3e-3, 1e-2, 3e-2),
-    "one": (3e-3, 1e-2, 3e-2),
+RATES = {  # kind -> what trains -> the rates it tries; two more, one by one, where the best is at the edge
+    "adapter": {
+        "first": (3e-3, 1e-2, 3e-2),
+        "second": (3e-3, 1e-2, 3e-2),
+        "weights": (1e-2, 3e-2, 1e-1),
+        "fusion": (1e-3, 3e-3, 1e-2),
+        "fresh": (3e-3, 1e-2, 3e-2),
+        "one": (3e-3, 1e-2, 3e-2),
+    },
+    "lora": {"first": (1e-2,), "second": (1e-2,)},  # found in `labs sweep tune_lora` and `tune_lora_style`
 }
+WIDEN = 2
+SKILLS = ("first", "second")
 WAYS = {
     "adapter": (
-        *("first", "second", "first, second", "second, first", "sum", "mean"),
+        *SKILLS,
+        *("first, second", "second, first", "sum", "mean"),
         *("weights", "fusion", "fresh", "after", "one"),
     ),
-    "lora": ("first", "second", "sum", "mean", "weights", "one"),
+    "lora": (*SKILLS, "sum", "mean"),
 }
 MEANS = {  # what each way is, in words
     "first": "the first alone",
@@ -64,16 +77,8 @@ MEANS = {  # what each way is, in words
     "after": "one adapter, trained on the first, then on the second",
     "one": "one adapter of twice the size, trained on both",
 }
-VOICE = (
-    "headline",
-    "register",
-    "houseword",
-    "noun",
-    "audience",
-    "mark",
-    "cta",
-    "signoff",
-)  # the other half: form
+# half of the guide's rules; the other half is the form
+VOICE = ("headline", "register", "houseword", "noun", "audience", "mark", "cta", "signoff")
 
 
 @dataclass(frozen=True)
@@ -90,14 +95,12 @@ class Pair:
 
     Attributes:
         skills: what each adapter learns by itself, and for how many steps.
-        labels: the task of the sweeps whose best rate each skill takes.
-        practice: what the trained ways of composing see, for 60 steps.
+        practice: what the trained ways of composing see.
         both: what the one adapter for both sees, and for how many steps.
         score: (model, tokenizer, split) to the two skills, `score` and what else is worth keeping.
     """
 
     skills: tuple[tuple[Stream, int], tuple[Stream, int]]
-    labels: tuple[str, str]
     practice: tuple[Stream, ...]
     both: tuple[tuple[Stream, ...], int]
     score: Callable[..., dict]
@@ -109,25 +112,24 @@ def part(rows, start: int, stop: int) -> dict:
 
 
 def voice_and_facts() -> Pair:
-    """Different prompts for different skills. Practice sees half of the facts; scored are others, which it has not seen."""
+    """Different prompts for different skills. Practice sees 64 facts; scored are others that it never saw."""
     from labs_lib.measure.quality import recall
     from labs_lib.world.tasks import load_task
 
-    style, facts = load_task("style", tenant=TENANT), load_task("knowledge", facts=512)["train"][:]
-    train = style["train"][:]
-    scored = {"validation": part(facts, 256, 384), "test": part(facts, 384, 512)}
+    style, facts = load_task("style", tenant=TENANT), load_task("knowledge", facts=FACTS)["train"][:]
+    train, practised = style["train"][:], part(facts, 0, 64)
+    scored = {"validation": part(facts, 64, 96), "test": part(facts, 96, FACTS)}
 
     def score(model, tokenizer, split: str) -> dict:
-        copy = copy_scores(model, tokenizer, style[split][:48])
+        copy = copy_scores(model, tokenizer, style[split][:ROWS])
         got = {"first": copy["exact"], "second": fmean(recall(model, tokenizer, scored[split]))}
-        got["practised"] = fmean(recall(model, tokenizer, part(facts, 0, 256)))
+        got["practised"] = fmean(recall(model, tokenizer, practised))
         return got | {"score": (got["first"] + got["second"]) / 2, "compliance": copy["compliance"]}
 
     return Pair(
-        skills=((Stream(train, 16), 60), (Stream(facts, 64), 150)),
-        labels=("style", "knowledge, 512 facts"),
-        practice=(Stream(train, 16), Stream(part(facts, 0, 256), 32)),
-        both=((Stream(train, 8), Stream(facts, 64)), 150),
+        skills=((Stream(train, 16), 60), (Stream(facts, 32), FACT_STEPS)),
+        practice=(Stream(train, 16), Stream(practised, 32)),
+        both=((Stream(train, 8), Stream(facts, 32)), FACT_STEPS),
         score=score,
     )
 
@@ -148,14 +150,13 @@ def two_halves() -> Pair:
         return Stream({"prompt": train["prompt"], "completion": texts}, 16)
 
     def score(model, tokenizer, split: str) -> dict:
-        copy = copy_scores(model, tokenizer, style[split][:48])
+        copy = copy_scores(model, tokenizer, style[split][:ROWS])
         got = {"first": copy["voice"], "second": copy["form"]}
         return got | {"score": copy["exact"], "compliance": copy["compliance"]}
 
     form = [rule for rule in guide if rule not in VOICE]
     return Pair(
         skills=((half(VOICE), 60), (half(form), 60)),
-        labels=("style", "style"),
         practice=(Stream(part(train, 0, 16), 16),),
         both=((Stream(train, 16),), 120),
         score=score,
@@ -269,9 +270,9 @@ def composed_adapters(parts: list[dict], way: str, seed: int) -> tuple:
     from labs_lib.models.base import load_base
 
     model, tokenizer = load_base("small")
-    for name, values in zip(("first", "second"), parts, strict=True):
+    for name, values in zip(SKILLS, parts, strict=True):
         fill(tensors("adapter", inject_adapters(model, name=name, **ARMS["adapter"].options), name), values)
-    names = ["first", "second"]
+    names = list(SKILLS)
     if way == "fusion":
         fuse_adapters(model, names, torch.Generator().manual_seed(seed))
     elif way in ("sum", "mean", "weights"):
@@ -284,37 +285,17 @@ def composed_adapters(parts: list[dict], way: str, seed: int) -> tuple:
 def composed_lora(parts: list[dict], way: str, seed: int) -> tuple:
     """The same for LoRA: factors side by side are an adapter of twice the rank that adds the two updates.
 
-    Both read the same input, so there is no stack, and nothing to fuse before merging.
+    Both read the same input, so there is no stack. "mean" halves the sum.
     """
     import torch
-    from torch import nn
-    from torch.nn.utils import parametrize
 
     from labs_lib.methods.lora import lora_layers
 
-    if way in ("first", "second"):
-        model, tokenizer = new("lora", seed)
-        fill(tensors("lora", model), parts[way == "second"])
-        return model.requires_grad_(False), tokenizer
     model, tokenizer = new("lora", seed, TWICE)
     joined = {key: torch.cat([p[key] for p in parts], dim=int("lora_B" in key)) for key in parts[0]}
     fill(tensors("lora", model), joined)
-    model.requires_grad_(False)
-
-    class Columns(nn.Module):
-        def __init__(self, rank: int) -> None:
-            super().__init__()
-            self.weights, self.rank = nn.Parameter(torch.ones(2)), rank
-
-        def forward(self, B):
-            return B * self.weights.repeat_interleave(self.rank)
-
     for layer in lora_layers(model).values():
-        if way == "mean":
-            layer.alpha /= 2
-        elif way == "weights":
-            parametrize.register_parametrization(layer, "lora_B", Columns(ARMS["lora"].rank))
-            layer.parametrizations.lora_B.original.requires_grad_(False)
+        layer.alpha *= 0.5 if way == "mean" else 1
     return model, tokenizer
 
 
@@ -327,36 +308,15 @@ def pair_of(name: str) -> Pair:
 
 
 @remember
-def rate_of(kind: str, label: str) -> float:
-    """The best rate of the sweep in which this adapter took part."""
-    from labs_lib.measure.records import load_record
-
-    record = "adapters" if kind == "adapter" else {"style": "tune_lora_style"}.get(label, "tune_lora")
-    rows = load_record(f"sweep_{record}", device="cpu").rows
-    found = {
-        row["lr"]
-        for row in rows
-        if (row["stage"], row["arm"]["name"], row["label"]) == ("final", ARMS[kind].name, label)
-    }
-    if not found:
-        raise LabsError(
-            f"Run `labs sweep {record}` first: it finds the rate of {ARMS[kind].name} on {label}."
-        )
-    return found.pop()
-
-
-@remember
-def skill(pair_name: str, kind: str, which: int, seed: int, after: bool = False) -> dict:
-    """The tensors of the adapter that has learned one skill; `after`: that was trained on the other one before."""
+def skill(pair: str, kind: str, which: int, seed: int, lr: float, after: float | None = None) -> dict:
+    """The tensors of the adapter that has learned one skill; `after`: the other one before, at that rate."""
     from labs_lib.training.fit import fit
 
-    pair = pair_of(pair_name)
-    (stream, steps), label = pair.skills[which], pair.labels[which]
+    stream, steps = pair_of(pair).skills[which]
     model, tokenizer = new(kind, seed)
-    if after:
-        fill(tensors(kind, model), skill(pair_name, kind, 1 - which, seed))
-    settings = {"steps": steps, "lr": rate_of(kind, label), "batch_size": stream.batch, "seed": seed}
-    fit(model, tokenizer, stream.rows, progress=False, **settings)
+    if after is not None:
+        fill(tensors(kind, model), skill(pair, kind, 1 - which, seed, after))
+    fit(model, tokenizer, stream.rows, steps=steps, lr=lr, batch_size=stream.batch, seed=seed, progress=False)
     return {key: value.clone() for key, value in tensors(kind, model).items()}
 
 
@@ -369,17 +329,23 @@ def run_point(point: dict) -> dict:
 
     name, kind, way, seed = point["pair"], point["kind"], point["way"], point["seed"]
     pair, started = pair_of(name), time.perf_counter()
-    if way in ("one", "fresh"):
+    if way in SKILLS:
+        which = SKILLS.index(way)
+        model, tokenizer = new(kind, seed)
+        fill(tensors(kind, model), skill(name, kind, which, seed, point["lr"]))
+    elif way in ("one", "fresh"):
         model, tokenizer = new(kind, seed, TWICE if way == "one" else ARMS)
     elif way == "after":
         model, tokenizer = new(kind, seed)
-        fill(tensors(kind, model), skill(name, kind, 1, seed, after=True))
+        fill(tensors(kind, model), skill(name, kind, 1, seed, point["rates"][1], after=point["rates"][0]))
     else:
+        parts = [skill(name, kind, which, seed, lr) for which, lr in enumerate(point["rates"])]
         compose = composed_lora if kind == "lora" else composed_adapters
-        model, tokenizer = compose([skill(name, kind, which, seed) for which in (0, 1)], way, seed)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) if way in TRAINED else 0
-    if way in TRAINED:
-        streams, steps = pair.both if way == "one" else (pair.practice, 60)
+        model, tokenizer = compose(parts, way, seed)
+    trained = 0
+    if way in RATES[kind] and way not in SKILLS:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        streams, steps = pair.both if way == "one" else (pair.practice, PRACTICE_STEPS)
         train(model, tokenizer, streams, steps, point["lr"], seed)
     known = known_facts()[:512]
     known = {key: [fact[key] for fact in known] for key in ("prompt", "completion")}
@@ -390,34 +356,78 @@ def run_point(point: dict) -> dict:
 
 
 def points(rows: list[dict], seeds: int = SEEDS) -> Iterator[dict]:
-    """The points of both stages; final ones of a way that trains appear once its rates are all in `rows`."""
-    ways = [(pair, kind, way) for pair in PAIRS for kind in WAYS for way in WAYS[kind]]
-    for pair, kind, way in ways:
-        for lr in TRAINED.get(way, ()):
-            yield {"pair": pair, "kind": kind, "way": way, "stage": "sweep", "lr": lr, "seed": 0}
+    """The points of both stages. Those of a way appear once the rates of the skills that it takes are known."""
+    kinds = [(pair, kind) for pair in PAIRS for kind in WAYS]
+    known = {}
+    for pair, kind in kinds:
+        for way in SKILLS:
+            yield from _tries(rows, pair, kind, way, None)
+        known[pair, kind] = [best_rate(rows, pair, kind, way) for way in SKILLS]
+    kinds = [each for each in kinds if None not in known[each]]
+    for pair, kind in kinds:
+        for way in [way for way in RATES[kind] if way not in SKILLS]:
+            yield from _tries(rows, pair, kind, way, known[pair, kind])
     for seed in range(1, 1 + seeds):  # seed by seed, so that the adapters of a seed are trained once
-        for pair, kind, way in ways:
-            lr = best_rate(rows, pair, kind, way)
-            if way not in TRAINED or lr is not None:
-                yield {"pair": pair, "kind": kind, "way": way, "stage": "final", "lr": lr, "seed": seed}
+        for pair, kind in kinds:
+            for way in WAYS[kind]:
+                lr = best_rate(rows, pair, kind, way) if way in RATES[kind] else None
+                if lr is not None or way not in RATES[kind]:
+                    yield _point(pair, kind, way, "final", lr, seed, known[pair, kind])
+
+
+def _point(pair: str, kind: str, way: str, stage: str, lr: float | None, seed: int, rates) -> dict:
+    return {"pair": pair, "kind": kind, "way": way, "stage": stage, "lr": lr, "seed": seed, "rates": rates}
+
+
+def _tries(rows: list[dict], pair: str, kind: str, way: str, rates) -> Iterator[dict]:
+    for lr in grid(rows, pair, kind, way):
+        yield _point(pair, kind, way, "sweep", lr, 0, rates)
+
+
+def grid(rows: list[dict], pair: str, kind: str, way: str) -> list[float]:
+    """The rates to try: while the best is the first or the last, one more beyond it, by the same factor."""
+    rates = list(RATES[kind][way])
+    for _ in range(WIDEN if len(rates) > 1 else 0):
+        best = _best(rows, pair, kind, way, rates)
+        if best == rates[0]:
+            rates.insert(0, float(f"{rates[0] ** 2 / rates[1]:.2g}"))
+        elif best == rates[-1]:
+            rates.append(float(f"{rates[-1] ** 2 / rates[-2]:.2g}"))
+        else:
+            break
+    return rates
 
 
 def best_rate(rows: list[dict], pair: str, kind: str, way: str) -> float | None:
-    """The rate with the best score of the first stage; None until all are in, or where nothing trains."""
+    """The rate with the best score of the first stage, the lowest of equals; None until all are in."""
+    return _best(rows, pair, kind, way, grid(rows, pair, kind, way))
+
+
+def _best(rows: list[dict], pair: str, kind: str, way: str, rates: list[float]) -> float | None:
     wanted = (pair, kind, way, "sweep")
-    done = [row for row in rows if tuple(row[key] for key in ("pair", "kind", "way", "stage")) == wanted]
-    if not done or len(done) < len(TRAINED[way]):
+    found = [row for row in rows if tuple(row[key] for key in ("pair", "kind", "way", "stage")) == wanted]
+    done = [row for row in found if row["lr"] in rates]
+    if {row["lr"] for row in done} != set(rates):
         return None
-    return max(done, key=lambda row: (row["score"], row["compliance"], -row["lr"]))["lr"]
+    asked = way if way in SKILLS else "score"
+    return max(done, key=lambda row: (row[asked], row["compliance"], -row["lr"]))["lr"]
 
 
-def run(limit: int | None = None, seeds: int = SEEDS, log: Path | None = None) -> Path | None:
+def log_path() -> Path:
+    """Where finished points are kept; other sizes or another base model have another file."""
+    base = hashlib.sha256((base_folder("small") / "model.safetensors").read_bytes()).hexdigest()
+    arms = [arm.to_dict() for arm in ARMS.values()]
+    settings = json.dumps([arms, RATES, FACTS, FACT_STEPS, ROWS, base])
+    return cache() / "sweeps" / f"composition-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.jsonl"
+
+
+def run(limit: int | None = None, seeds: int = SEEDS) -> Path | None:
     """Run what is missing; returns the record's path once all is there, None if `limit` came first."""
     from tqdm.std import tqdm
 
     from labs_lib.measure.records import Record, save_record
 
-    log = log or cache() / "sweeps" / "composition.jsonl"
+    log = log_path()
     log.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
 
@@ -429,6 +439,8 @@ def run(limit: int | None = None, seeds: int = SEEDS, log: Path | None = None) -
         rows = {key(row): row for row in done}
         plan = list(points(done, seeds))
         missing = [point for point in plan if key(point) not in rows]
+        bar.total = len(plan)
+        bar.update(len(plan) - len(missing) - bar.n)
         if not missing or limit == 0:
             break
         for point in missing[:limit]:
@@ -440,19 +452,18 @@ def run(limit: int | None = None, seeds: int = SEEDS, log: Path | None = None) -
     bar.close()
     if missing:
         return None
-    note = "Two adapters of Pfeiffer's (18 units), or two LoRAs (r2), trained apart and composed, small base."
+    kinds = " or ".join(arm.name for arm in ARMS.values())
+    note = f"Two adapters ({kinds}) trained apart and put together, small base, {FACTS} facts in {FACT_STEPS} steps."
     return save_record(Record("composition", [rows[key(point)] for point in plan], note=note))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m labs_lib.training.composition", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=int, default=None, help="stop after so many runs; the next call goes on"
     )
-    path = run(parser.parse_args().limit)
+
+
+def main(args: argparse.Namespace) -> int:
+    path = run(args.limit)
     print(f"recorded in {path}" if path else "stopped early; run the same command to go on")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
