@@ -189,7 +189,7 @@ def _prefix(tokens: int, hidden: int | None = None, rates: tuple[float, ...] = _
     return Arm(name, method="prefix", options=options, rates=rates)
 
 
-_PROMPT_RATES = (3e-2, 1e-1, 3e-1, 1.0)
+_PROMPT_RATES = (1e-1, 3e-1, 1.0)
 _PROMPT_TEXT = "Copy for Fathom Eleven, adventure brand for members:\n"
 
 
@@ -431,6 +431,7 @@ SWEEPS = {
             tasks=(_FACTS_512, _STYLE),
             rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
             seeds=5,
+            widen=2,
         ),
         Sweep(
             name="ia3",
@@ -533,20 +534,22 @@ SWEEPS = {
         Sweep(
             name="prompt_medium",
             note="Prompt tuning against full fine-tuning on the medium base: a style, and reviews.",
-            arms=(_prompt(18), _FULL),
+            arms=(_prompt(18, rates=(3e-2, 1e-1, 3e-1)), _FULL),
             tasks=(_STYLE, _REVIEWS),
             rates=(),
             seeds=3,
             size="medium",
+            widen=1,
         ),
         Sweep(
             name="prompt_tiny",
             note="Prompt tuning against full fine-tuning on the tiny base: a style, and reviews.",
-            arms=(_prompt(18), replace(_FULL, rates=(3e-4, 1e-3, 3e-3))),
+            arms=(_prompt(18, rates=(3e-2, 1e-1, 3e-1)), replace(_FULL, rates=(3e-4, 1e-3, 3e-3))),
             tasks=(_STYLE, _REVIEWS),
             rates=(),
             seeds=3,
             size="tiny",
+            widen=1,
         ),
         Sweep(
             name="prompt_reviews",
@@ -559,7 +562,7 @@ SWEEPS = {
         Sweep(
             name="prompt_tokens",
             note="One tenant's style by the number of soft tokens.",
-            arms=tuple(_prompt(tokens, rates=(1e-1, 3e-1, 1.0)) for tokens in (2, 6, 54)),
+            arms=tuple(_prompt(tokens) for tokens in (2, 6, 54)),
             tasks=(_STYLE,),
             rates=(),
             seeds=3,
@@ -569,7 +572,7 @@ SWEEPS = {
             name="prompt_text",
             note="The same style from a text about the task, and from the tenant's guide itself.",
             arms=(
-                _prompt(18, "text", (1e-1, 3e-1, 1.0), name="prompt 18, a text", text=_PROMPT_TEXT),
+                _prompt(18, "text", name="prompt 18, a text", text=_PROMPT_TEXT),
                 _prompt(19, "guide", (3e-3, 3e-2, 3e-1), name="prompt 19, the guide"),
             ),
             tasks=(_STYLE,),
@@ -579,7 +582,7 @@ SWEEPS = {
         Sweep(
             name="prompt_facts",
             note="Prompt tuning on 512 facts.",
-            arms=(_prompt(18, rates=(1e-1, 3e-1, 1.0)),),
+            arms=(_prompt(18),),
             tasks=(_FACTS_512,),
             rates=(),
             seeds=3,
