@@ -73,9 +73,9 @@ def device() -> Finding:
         )
     if shutil.which("nvidia-smi") and torch.version.cuda is None:
         return Finding("note", "GPU", "there is an NVIDIA driver, but this torch is a CPU build")
-    return Finding(
-        "ok", "GPU", f"none that torch can use; {torch.get_num_threads()} CPU threads do for every lab"
-    )
+    threads = torch.get_num_threads()
+    cores = "1 CPU thread does" if threads == 1 else f"{threads} CPU threads do"
+    return Finding("ok", "GPU", f"none that torch can use; {cores} for every lab")
 
 
 def bitsandbytes() -> Finding:

@@ -707,7 +707,9 @@ claim(36).observe(
 # ## 6. When would you choose it?
 # Choose LoRA when many variants of one model must live side by side, when optimizer memory is the limit, or when
 # you want to be able to take the change out again. Full fine-tuning remains the choice for one model that must
-# store a great deal. When in doubt start here: no other method in this course is as well supported.
+# store a great deal. Speed is no reason: on small models users found LoRA no faster ([925](https://github.com/huggingface/peft/issues/925),
+# [960](https://github.com/huggingface/peft/issues/960)). When in doubt start here: no other method in this course is as well
+# supported.
 #
 # **The failure you will meet**: an adapter that loads, says nothing loud, and does nothing, because the names in
 # the file are not the names in the model ([2566](https://github.com/huggingface/peft/issues/2566),

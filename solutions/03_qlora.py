@@ -824,7 +824,8 @@ print("GPU record of the sweep:", load_record("sweep_qlora", device="gpu"))
 # base and pay for full-size weights.
 #
 # **The failures you will meet.** Merging in 4 bits is one: PEFT warns once and does it
-# ([1043](https://github.com/huggingface/peft/issues/1043), [2321](https://github.com/huggingface/peft/issues/2321)).
+# ([1043](https://github.com/huggingface/peft/issues/1043), [1035](https://github.com/huggingface/peft/issues/1035),
+# [2321](https://github.com/huggingface/peft/issues/2321), [2502](https://github.com/huggingface/peft/issues/2502)).
 # Two more are silent, on the versions locked here and on CPUs. First: a layer whose rows are no whole number of
 # blocks is dequantised wrongly.
 
@@ -861,6 +862,9 @@ print(f"the same weight after one forward pass: off by {(read_weight() - first).
 print("this CPU has the bfloat16 kernel:", bool(kernels.has_avx512bf16()))
 
 # %% [markdown]
+# Others raise, and say why: LoRA's starts that decompose the weights (PiSSA, CorDA) want them in floating point; merging
+# AdaLoRA or IA3 into a 4-bit base is refused. LoHa on 4 bits raises too, but about a shape.
+#
 # **In the unified view** of [He et al. (2022)](https://arxiv.org/abs/2110.04366) every method adds something to a hidden
 # state. QLoRA adds what LoRA adds; only the function it is added to has changed.
 #

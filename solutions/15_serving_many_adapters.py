@@ -714,7 +714,10 @@ verdicts = matrix(configs | {name: types[name].to_dict() for name in ("IA3", "Ve
 verdicts
 
 # %% [markdown]
-# Why, for each that would be served wrong (how it is known, and where, stands in brackets):
+# Mixed batches were asked of PEFT early ([759](https://github.com/huggingface/peft/issues/759),
+# [804](https://github.com/huggingface/peft/issues/804)), and met limits there
+# ([2283](https://github.com/huggingface/peft/issues/2283)). Why, for each that would be served wrong (how it
+# is known, and where, stands in brackets):
 
 # %%
 print(verdicts.reasons("silently wrong"))

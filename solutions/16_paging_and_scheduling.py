@@ -985,7 +985,8 @@ with engine, fault("stale-prefix", engine):
 
 # %% [markdown]
 # The key of everything that is cached must hold the sha256 of the version, and the prompt's tokens: never a name, and
-# never the tokens alone.
+# never the tokens alone. (Swapping by hand has its own traps: memory that is not freed,
+# [738](https://github.com/huggingface/peft/issues/738), and a name that is not found, [957](https://github.com/huggingface/peft/issues/957).)
 #
 # ## 8. Go further
 # - **A real model.** Set `PROFILE = "gpu"` and `MODEL_ID = "HuggingFaceTB/SmolLM2-135M"` and run all.

@@ -68,11 +68,14 @@ class Lab:
 
     def base(self, **options):
         """(model, tokenizer): the base model of this run; options go to `labs_lib.load_base`."""
-        from labs_lib.models.base import load_base
+        from labs_lib.measure import context
+        from labs_lib.models.base import DEFAULT, base_folder, load_base
 
-        return load_base(
-            self.model_id or self.size, **{"dtype": self.dtype, "device": self.device, **options}
-        )
+        name = self.model_id or self.size
+        model, tokenizer = load_base(name, **{"dtype": self.dtype, "device": self.device, **options})
+        if self.model_id and model.name_or_path == str(base_folder(DEFAULT)):  # the hub was out of reach
+            context.set(model=DEFAULT)  # what is measured from here on is not about that model
+        return model, tokenizer
 
 
 def setup(lab: str, profile: str = "", model_id: str = "", seed: int = SEED) -> Lab:
@@ -165,7 +168,8 @@ def _summary(lab: Lab) -> str:
     if lab.device == "cuda":
         where = torch.cuda.get_device_name()
     else:
-        where = f"{torch.get_num_threads()} CPU threads"
+        threads = torch.get_num_threads()
+        where = f"{threads} CPU thread{'s' * (threads != 1)}"
     versions = " ".join(f"{name} {_version(name)}" for name in ("torch", "transformers", "peft"))
     model = lab.model_id or f"shipped {lab.size}"
     return (

@@ -183,6 +183,16 @@ def test_a_user_s_own_offline_setting_stands(monkeypatch):
     assert os.environ["HF_HUB_OFFLINE"] == "0"
 
 
+def test_verdicts_are_about_the_model_that_was_loaded(monkeypatch):
+    """A hub model out of reach: the shipped base stands in, and no verdict may name the other."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    prepared = setup(lab="01", profile="cpu", model_id="nobody/no-such-model")
+    assert context.current().model == "nobody/no-such-model"
+    with pytest.warns(UserWarning, match="going on with the shipped base"):
+        prepared.base()
+    assert context.current().model == "small"
+
+
 # --- noise: in a fresh interpreter, as the libraries speak while they load
 
 WORK = """
