@@ -21,6 +21,10 @@ COMMANDS = {
     "course": ("labs_lib.build.report", "run all labs in order, write a report to browse"),
     "claims": ("labs_lib.measure.claims", "the chapter's claims and what was measured about them"),
     "sweep": ("labs_lib.training.sweep", "run a recorded sweep; resumes where it stopped"),
+    "fleet": (
+        "labs_lib.training.fleet_run",
+        "train every tenant's adapter, many in a batch; judge and publish them",
+    ),
     "bakeoff": ("labs_lib.training.bakeoff", "all methods by one protocol; resumes where it stopped"),
     "compose": (
         "labs_lib.training.composition",

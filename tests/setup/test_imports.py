@@ -26,7 +26,7 @@ ROOMS = {
     "world": set(),
     "models": {"world", "methods", "measure", "training"},
     "measure": {"methods", "models", "world"},
-    "training": {"methods", "models", "world", "measure"},
+    "training": {"methods", "models", "world", "measure", "serving"},
     "serving": {"methods", "models", "world", "measure"},
 }
 GROUND = {"errors", "paths", "quiet", "__version__"}

@@ -1,0 +1,342 @@
+"""`labs fleet`: train all tenants' adapters in batches, judge each, publish those that pass. Resumes where it stopped.
+
+A batch of tenants is the unit of work: it is trained, read by rules and written down as a whole. Where Ray is
+installed (`pip install -e '.[scale]'`) the batches are spread over it: this machine's cores, or the cluster that
+RAY_ADDRESS names. What comes back are the adapters themselves, so that nodes need no common disk.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from labs_lib.errors import LabsError
+from labs_lib.paths import cache
+from labs_lib.training.fleet import Recipe, Trained, save_adapter, train
+from labs_lib.training.gate import gate, read_by_rules
+
+TOGETHER = 10  # tenants in a batch
+SCORES = ("compliance", "fidelity", "leakage", "exact")
+ROWS = {"validation": 16, "test": 32}  # products per tenant: the gate's, and the report's
+
+
+@dataclass(frozen=True)
+class Work:
+    """One batch of tenants to train, as it travels to a worker."""
+
+    tenants: tuple[str, ...]
+    recipe: Recipe
+    size: str
+
+
+def run_batch(work: Work, watch: Callable | None = None) -> tuple[list[dict], Trained]:
+    """Train a batch and judge it: a row for each tenant, with the gate's reasons, and the adapters."""
+    from labs_lib.models.base import load_base
+    from labs_lib.world.tasks import load_task
+
+    model, tokenizer = load_base(work.size)
+    data = {slug: load_task("style", tenant=slug)["train"][:] for slug in work.tenants}
+    trained = train(model, tokenizer, data, work.recipe, watch=watch)
+    with tempfile.TemporaryDirectory(prefix="labs-fleet-") as scratch:
+        folders = {
+            slug: save_adapter(Path(scratch) / slug, tensors, work.recipe, work.size)
+            for slug, tensors in trained.adapters.items()
+        }
+        sizes = {slug: sum(f.stat().st_size for f in folder.iterdir()) for slug, folder in folders.items()}
+        scores = {
+            split: read_by_rules(model, tokenizer, folders, split, rows) for split, rows in ROWS.items()
+        }
+    rows = []
+    for slug in work.tenants:
+        row = {
+            "tenant": slug,
+            "loss": trained.final_loss(slug),
+            "nbytes": sizes[slug],
+            "together": len(work.tenants),
+        }
+        row |= {"seconds": trained.seconds, "cpu_seconds": trained.cpu_seconds}
+        for split, found in scores.items():
+            row |= {f"{split}_{name}": getattr(found[slug], name) for name in SCORES}
+        rows.append(row | {"refused": gate(scores["validation"][slug])})
+    return rows, trained
+
+
+def spread(todo: Sequence[Work], here: bool = False) -> Iterator[tuple[list[dict], Trained]]:
+    """Run the batches, and give each as it gets done: over Ray, or one after the other in this process."""
+    try:
+        import ray
+    except ImportError:
+        ray = None
+    if here or ray is None:
+        if ray is None and not here:
+            print(
+                "Ray is not installed (`pip install -e '.[scale]'`): training in this process, batch by batch."
+            )
+        for work in todo:
+            yield run_batch(work, _progress(work))
+        return
+    # RAY_ADDRESS, if it is set, names the cluster; else Ray starts on this machine and stops at the end.
+    context = ray.init(include_dashboard=False, log_to_driver=False)
+    cluster = os.environ.get("RAY_ADDRESS") or "this machine"
+    cores = int(ray.cluster_resources().get("CPU", 1))
+    print(f"Ray {ray.__version__} on {cluster}: {len(todo)} batches over {cores} cores.")
+    remote = ray.remote(num_cpus=1, max_retries=2)(_one_core)
+    try:
+        waiting = {remote.remote(work): work for work in todo}
+        while waiting:
+            (done,), _ = ray.wait(list(waiting))
+            del waiting[done]
+            yield ray.get(done)
+    finally:
+        context.disconnect() if os.environ.get("RAY_ADDRESS") else ray.shutdown()
+
+
+def _one_core(work: Work) -> tuple[list[dict], Trained]:
+    """What a Ray worker runs."""
+    import torch
+
+    from labs_lib import quiet
+
+    quiet.silence()
+    torch.set_num_threads(1)
+    return run_batch(work)
+
+
+def _progress(work: Work) -> Callable:
+    """A bar that counts this batch's steps and says which of its tenants is behind."""
+    from tqdm.std import tqdm
+
+    bar = tqdm(
+        total=work.recipe.steps, unit="step", ncols=100, desc=f"{len(work.tenants)} tenants", file=sys.stdout
+    )
+
+    def watch(step: int, losses) -> None:
+        worst = int(losses.argmax())
+        bar.set_postfix_str(
+            f"loss {losses.mean():.3f}, {work.tenants[worst]} {losses[worst]:.3f}", refresh=False
+        )
+        bar.update()
+        if step == work.recipe.steps:
+            bar.close()
+
+    return watch
+
+
+def default_folder(recipe: Recipe, size: str) -> Path:
+    """Where a fleet lies: another recipe or another base is another folder."""
+    from labs_lib.models.base import base_folder
+
+    base = hashlib.sha256((base_folder(size) / "model.safetensors").read_bytes()).hexdigest()
+    name = hashlib.sha256(json.dumps([recipe.to_dict(), base]).encode()).hexdigest()[:12]
+    return cache() / "fleet" / f"{size}-{name}"
+
+
+def run_fleet(
+    tenants: Sequence[str],
+    recipe: Recipe,
+    size: str = "small",
+    folder: Path | None = None,
+    *,
+    together: int = TOGETHER,
+    here: bool = False,
+    limit: int | None = None,
+) -> list[dict]:
+    """Train what is missing of a fleet into `folder`, one PEFT directory per tenant; returns a row for each.
+
+    `fleet.jsonl` in the folder has a row per tenant: what is in it is not trained again. `limit`: stop after so many
+    batches.
+    """
+    if together < 1:
+        raise LabsError(f"{together} tenants cannot share a batch: at least 1.")
+    folder = folder or default_folder(recipe, size)
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "fleet.jsonl"
+    done = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    rows = {row["tenant"]: row for row in done if (folder / row["tenant"]).is_dir()}
+    missing = [slug for slug in tenants if slug not in rows]
+    if rows:
+        print(f"{len(rows)} of {len(tenants)} tenants are trained already, in {folder}")
+    todo = [Work(tuple(missing[i : i + together]), recipe, size) for i in range(0, len(missing), together)]
+    for found, trained in spread(todo[:limit], here) if missing else ():
+        for row in found:
+            save_adapter(folder / row["tenant"], trained.adapters[row["tenant"]], recipe, size)
+            rows[row["tenant"]] = row
+            with log.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"[{len(rows):2d}/{len(tenants)}] {told(row)}", flush=True)
+    return [rows[slug] for slug in tenants if slug in rows]
+
+
+def told(row: dict) -> str:
+    """A tenant's row in one line."""
+    verdict = "passes" if not row["refused"] else "REFUSED: " + "; ".join(row["refused"])
+    return (
+        f"{row['tenant']:28s} loss {row['loss']:.4f}, compliance {row['validation_compliance']:.3f}, "
+        f"fidelity {row['validation_fidelity']:.3f}, leakage {row['validation_leakage']:.2f}: {verdict}"
+    )
+
+
+def publish(rows: Sequence[dict], folder: Path, registry, note: str) -> dict[str, str]:
+    """Publish the adapters that passed; returns the API keys of tenants that are new to the registry."""
+    known, keys = {each.name for each in registry.tenants()}, {}
+    for row in rows:
+        if row["refused"]:
+            continue
+        if row["tenant"] not in known:
+            keys[row["tenant"]] = registry.add_tenant(row["tenant"])
+        registry.publish(row["tenant"], folder / row["tenant"], note)
+    return keys
+
+
+# -- the measurement -------------------------------------------------------------------------------------------------
+
+
+def one_by_one(tenants: Sequence[str], recipe: Recipe, size: str) -> list[dict]:
+    """CPU seconds to train these tenants with `fit`, one after the other, and as fleets of one."""
+    from labs_lib.methods.lora import inject_lora
+    from labs_lib.models.base import load_base
+    from labs_lib.training.fit import fit
+    from labs_lib.world.tasks import load_task
+
+    rows = []
+    for slug in tenants:
+        data = load_task("style", tenant=slug)["train"][:]
+        model, tokenizer = load_base(size)
+        inject_lora(model, "all-linear", recipe.rank, recipe.alpha)
+        settings = {"steps": recipe.steps, "batch_size": recipe.batch, "lr": recipe.lr, "seed": recipe.seed}
+        before = time.process_time()
+        run = fit(model, tokenizer, data, progress=False, **settings)
+        cpu = time.process_time() - before
+        rows.append({"arm": "fit", "tenant": slug, "seconds": run.seconds, "cpu_seconds": cpu})
+        model, tokenizer = load_base(size)
+        trained = train(model, tokenizer, {slug: data}, recipe)
+        rows.append({"arm": "fleet of one", "tenant": slug, "seconds": trained.seconds})
+        rows[-1]["cpu_seconds"] = trained.cpu_seconds
+    return rows
+
+
+def step_costs(
+    size: str,
+    recipe: Recipe,
+    batches: Sequence[int] = (1, 4, 16),
+    counts: Sequence[int] = (1, 10),
+    rounds: int = 3,
+) -> list[dict]:
+    """CPU milliseconds of a training step per tenant, by rows per tenant and tenants per batch, interleaved."""
+    from dataclasses import replace
+    from statistics import median
+
+    from labs_lib.models.base import load_base
+    from labs_lib.world.tasks import load_task
+    from labs_lib.world.tenants import load_tenants
+
+    slugs = [tenant.slug for tenant in load_tenants()][: max(counts)]
+    data = {slug: load_task("style", tenant=slug)["train"][:] for slug in slugs}
+    model, tokenizer = load_base(size)
+    found: dict[tuple[int, int], list[float]] = {}
+    for _ in range(rounds):
+        for rows in batches:
+            for count in counts:
+                short = replace(recipe, steps=2, batch=rows)
+                took = []
+
+                def watch(step, losses, took=took):
+                    took.append(time.process_time())
+
+                train(model, tokenizer, {slug: data[slug] for slug in slugs[:count]}, short, watch=watch)
+                found.setdefault((rows, count), []).append(1e3 * (took[1] - took[0]) / count)
+    return [
+        {"rows": rows, "tenants": count, "cpu_ms_per_tenant": median(times), "rounds": rounds}
+        for (rows, count), times in found.items()
+    ]
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    recipe = Recipe()
+    parser.add_argument("tenants", nargs="*", metavar="TENANT", help="slugs (default: all fifty)")
+    parser.add_argument("--base", default="small", help="a base of the course's family (default: small)")
+    parser.add_argument("--rank", type=int, default=recipe.rank, help="(default: %(default)s)")
+    parser.add_argument(
+        "--lr", type=float, default=recipe.lr, help="peak learning rate (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=recipe.steps, help="(default: %(default)s)")
+    parser.add_argument(
+        "--together", type=int, default=TOGETHER, help="tenants in a batch (default: %(default)s)"
+    )
+    parser.add_argument("--here", action="store_true", help="in this process, even if Ray is installed")
+    parser.add_argument("--limit", type=int, help="stop after so many batches; the next call goes on")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where the adapters go (default: in the cache)"
+    )
+    parser.add_argument("--publish", action="store_true", help="publish those that pass the gate")
+    parser.add_argument("--registry", type=Path, metavar="PATH", help="of --publish (default: in the cache)")
+    parser.add_argument(
+        "--keys", type=Path, metavar="FILE", help="where the new tenants' API keys go (--publish)"
+    )
+    parser.add_argument("--record", action="store_true", help="measure the batching, too, and keep a record")
+
+
+def main(args: argparse.Namespace) -> int:
+    import torch
+
+    from labs_lib import quiet
+    from labs_lib.world.tenants import load_tenant, load_tenants
+
+    quiet.silence()
+    torch.set_num_threads(1)
+    if args.publish and args.keys is None:
+        raise LabsError(
+            "--publish makes API keys that are shown only once: say where they go with --keys FILE."
+        )
+    tenants = [load_tenant(slug).slug for slug in args.tenants] or [each.slug for each in load_tenants()]
+    recipe = Recipe(rank=args.rank, alpha=2 * args.rank, lr=args.lr, steps=args.steps)
+    folder = args.out or default_folder(recipe, args.base)
+    rows = run_fleet(
+        tenants, recipe, args.base, folder, together=args.together, here=args.here, limit=args.limit
+    )
+    passed = [row for row in rows if not row["refused"]]
+    print(f"{len(rows)} of {len(tenants)} trained, {len(passed)} passed the gate: {folder}")
+    if len(rows) < len(tenants):
+        print("stopped early; run the same command to go on")
+        return 0
+    if args.record:
+        print(f"recorded in {_record(rows, recipe, args.base)}")
+    if args.publish:
+        _publish(rows, folder, args)
+    return 0 if len(passed) == len(rows) else 1
+
+
+def _record(rows: list[dict], recipe: Recipe, size: str) -> Path:
+    from labs_lib.measure.records import Record, save_record
+
+    alone = one_by_one([row["tenant"] for row in rows[:2]], recipe, size)
+    found = [{"section": "tenant", **row} for row in rows]
+    found += [{"section": "alone", **row} for row in alone]
+    found += [{"section": "step", **row} for row in step_costs(size, recipe)]
+    note = "All tenants' adapters, many in a batch; CPU seconds on one thread. Gate on validation, report on test."
+    return save_record(Record("fleet", found, note, {"recipe": recipe.to_dict(), "model": size}))
+
+
+def _publish(rows: list[dict], folder: Path, args: argparse.Namespace) -> None:
+    from labs_lib.serving.registry import Registry
+
+    with Registry(args.registry or cache() / "registry") as registry:
+        keys = publish(rows, folder, registry, "labs fleet")
+    if keys:
+        handle = os.open(args.keys, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)  # for nobody else's eyes
+        with os.fdopen(handle, "a") as file:
+            file.writelines(f"{slug} {key}\n" for slug, key in keys.items())
+    published = sum(not row["refused"] for row in rows)
+    print(
+        f"published {published} adapters; keys of {len(keys)} new tenants"
+        + (f" in {args.keys}" if keys else "")
+    )
