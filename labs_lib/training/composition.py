@@ -1,11 +1,11 @@
-"""`labs compose`: two adapters trained apart, put together in every way, and measured.
+"""`labs compose PAIR`: two adapters trained apart, put together in every way, and measured.
 
-Two pairs of skills. "voice and facts": one tenant's style, and new facts. "two halves": each adapter learns eight of
-the sixteen rules of one guide, the other eight staying the base's own, and the text asked for obeys all of them. The
-adapters are Pfeiffer's, beside them LoRA with about as many parameters.
+Two pairs of skills. "facts": one tenant's style, and new facts. "halves": each adapter learns eight of the sixteen
+rules of one guide, the other eight staying the base's own, and the text asked for obeys all of them. The adapters are
+Pfeiffer's, beside them LoRA with about as many parameters, both at the rates of `labs sweep adapters` and `tune_lora`.
 
-Whatever trains, a skill or a way to compose, tries its rates with seed 0 on validation rows; the best of them runs with
-fresh seeds on test rows. Stops and goes on like a sweep, and records itself when it is complete.
+What trains while composing tries its rates with seed 0 on validation rows; the best of them runs with fresh seeds on
+test rows. Stops and goes on like a sweep, and records itself when it is complete.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from labs_lib.errors import LabsError
 from labs_lib.models.base import base_folder
 from labs_lib.paths import cache
 from labs_lib.training.adapt import METHODS
@@ -43,16 +44,11 @@ TWICE = {  # one adapter as large as two
     "adapter": replace(ARMS["adapter"], options={"placement": "pfeiffer", "bottleneck": 2 * UNITS}),
     "lora": replace(ARMS["lora"], rank=2 * RANK, alpha=4 * RANK),
 }
-RATES = {  # kind -> what trains -> the rates it tries; two more, one by one, where the best is at the edge
-    "adapter": {
-        "first": (3e-3, 1e-2, 3e-2),
-        "second": (3e-3, 1e-2, 3e-2),
-        "weights": (1e-2, 3e-2, 1e-1),
-        "fusion": (1e-3, 3e-3, 1e-2),
-        "fresh": (3e-3, 1e-2, 3e-2),
-        "one": (3e-3, 1e-2, 3e-2),
-    },
-    "lora": {"first": (1e-2,), "second": (1e-2,)},  # found in `labs sweep tune_lora` and `tune_lora_style`
+RATES = {  # way that trains -> the rates it tries; two more, one by one, where the best is at the edge
+    "weights": (1e-2, 3e-2, 1e-1),
+    "fusion": (1e-3, 3e-3, 1e-2),
+    "fresh": (3e-3, 1e-2, 3e-2),
+    "one": (3e-3, 1e-2, 3e-2),
 }
 WIDEN = 2
 SKILLS = ("first", "second")
@@ -95,12 +91,14 @@ class Pair:
 
     Attributes:
         skills: what each adapter learns by itself, and for how many steps.
+        labels: the task of the sweeps whose best rate each skill takes.
         practice: what the trained ways of composing see.
         both: what the one adapter for both sees, and for how many steps.
         score: (model, tokenizer, split) to the two skills, `score` and what else is worth keeping.
     """
 
     skills: tuple[tuple[Stream, int], tuple[Stream, int]]
+    labels: tuple[str, str]
     practice: tuple[Stream, ...]
     both: tuple[tuple[Stream, ...], int]
     score: Callable[..., dict]
@@ -111,7 +109,7 @@ def part(rows, start: int, stop: int) -> dict:
     return {key: rows[key][start:stop] for key in ("prompt", "completion")}
 
 
-def voice_and_facts() -> Pair:
+def style_and_facts() -> Pair:
     """Different prompts for different skills. Practice sees 64 facts; scored are others that it never saw."""
     from labs_lib.measure.quality import recall
     from labs_lib.world.tasks import load_task
@@ -128,6 +126,7 @@ def voice_and_facts() -> Pair:
 
     return Pair(
         skills=((Stream(train, 16), 60), (Stream(facts, 32), FACT_STEPS)),
+        labels=("style", "knowledge, 512 facts"),
         practice=(Stream(train, 16), Stream(practised, 32)),
         both=((Stream(train, 8), Stream(facts, 32)), FACT_STEPS),
         score=score,
@@ -157,13 +156,14 @@ def two_halves() -> Pair:
     form = [rule for rule in guide if rule not in VOICE]
     return Pair(
         skills=((half(VOICE), 60), (half(form), 60)),
+        labels=("style", "style"),
         practice=(Stream(part(train, 0, 16), 16),),
         both=((Stream(train, 16),), 120),
         score=score,
     )
 
 
-PAIRS = {"voice and facts": voice_and_facts, "two halves": two_halves}
+PAIRS = {"facts": style_and_facts, "halves": two_halves}
 
 
 def copy_scores(model, tokenizer, rows) -> dict[str, float]:
@@ -308,15 +308,28 @@ def pair_of(name: str) -> Pair:
 
 
 @remember
-def skill(pair: str, kind: str, which: int, seed: int, lr: float, after: float | None = None) -> dict:
-    """The tensors of the adapter that has learned one skill; `after`: the other one before, at that rate."""
+def rate_of(kind: str, label: str) -> float:
+    """The best rate of the sweep in which this adapter took part."""
+    from labs_lib.measure.records import load_record
+
+    name = "adapters" if kind == "adapter" else {"style": "tune_lora_style"}.get(label, "tune_lora")
+    for row in load_record(f"sweep_{name}", device="cpu").rows:
+        if (row["stage"], row["arm"]["name"], row["label"]) == ("final", ARMS[kind].name, label):
+            return row["lr"]
+    raise LabsError(f"Run `labs sweep {name}` first: it finds the rate of {ARMS[kind].name} on {label}.")
+
+
+@remember
+def skill(pair: str, kind: str, which: int, seed: int, after: bool = False) -> dict:
+    """The tensors of the adapter that has learned one skill; `after`: that was trained on the other one before."""
     from labs_lib.training.fit import fit
 
-    stream, steps = pair_of(pair).skills[which]
+    (stream, steps), label = pair_of(pair).skills[which], pair_of(pair).labels[which]
     model, tokenizer = new(kind, seed)
-    if after is not None:
-        fill(tensors(kind, model), skill(pair, kind, 1 - which, seed, after))
-    fit(model, tokenizer, stream.rows, steps=steps, lr=lr, batch_size=stream.batch, seed=seed, progress=False)
+    if after:
+        fill(tensors(kind, model), skill(pair, kind, 1 - which, seed))
+    settings = {"steps": steps, "lr": rate_of(kind, label), "batch_size": stream.batch, "seed": seed}
+    fit(model, tokenizer, stream.rows, progress=False, **settings)
     return {key: value.clone() for key, value in tensors(kind, model).items()}
 
 
@@ -329,21 +342,17 @@ def run_point(point: dict) -> dict:
 
     name, kind, way, seed = point["pair"], point["kind"], point["way"], point["seed"]
     pair, started = pair_of(name), time.perf_counter()
-    if way in SKILLS:
-        which = SKILLS.index(way)
-        model, tokenizer = new(kind, seed)
-        fill(tensors(kind, model), skill(name, kind, which, seed, point["lr"]))
-    elif way in ("one", "fresh"):
+    if way in ("one", "fresh"):
         model, tokenizer = new(kind, seed, TWICE if way == "one" else ARMS)
-    elif way == "after":
+    elif way in (*SKILLS, "after"):
         model, tokenizer = new(kind, seed)
-        fill(tensors(kind, model), skill(name, kind, 1, seed, point["rates"][1], after=point["rates"][0]))
+        fill(tensors(kind, model), skill(name, kind, int(way != "first"), seed, after=way == "after"))
     else:
-        parts = [skill(name, kind, which, seed, lr) for which, lr in enumerate(point["rates"])]
+        parts = [skill(name, kind, which, seed) for which in (0, 1)]
         compose = composed_lora if kind == "lora" else composed_adapters
         model, tokenizer = compose(parts, way, seed)
     trained = 0
-    if way in RATES[kind] and way not in SKILLS:
+    if way in RATES:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         streams, steps = pair.both if way == "one" else (pair.practice, PRACTICE_STEPS)
         train(model, tokenizer, streams, steps, point["lr"], seed)
@@ -355,40 +364,24 @@ def run_point(point: dict) -> dict:
     return point | measured | {"trained": trained, "seconds": round(time.perf_counter() - started, 1)}
 
 
-def points(rows: list[dict], seeds: int = SEEDS) -> Iterator[dict]:
-    """The points of both stages. Those of a way appear once the rates of the skills that it takes are known."""
-    kinds = [(pair, kind) for pair in PAIRS for kind in WAYS]
-    known = {}
-    for pair, kind in kinds:
-        for way in SKILLS:
-            yield from _tries(rows, pair, kind, way, None)
-        known[pair, kind] = [best_rate(rows, pair, kind, way) for way in SKILLS]
-    kinds = [each for each in kinds if None not in known[each]]
-    for pair, kind in kinds:
-        for way in [way for way in RATES[kind] if way not in SKILLS]:
-            yield from _tries(rows, pair, kind, way, known[pair, kind])
+def points(pair: str, rows: list[dict], seeds: int = SEEDS) -> Iterator[dict]:
+    """The points of both stages; final ones of a way that trains appear once its rates are all in `rows`."""
+    ways = [(kind, way) for kind in WAYS for way in WAYS[kind]]
+    for kind, way in ways:
+        for lr in grid(rows, way) if way in RATES else ():
+            yield {"pair": pair, "kind": kind, "way": way, "stage": "sweep", "lr": lr, "seed": 0}
     for seed in range(1, 1 + seeds):  # seed by seed, so that the adapters of a seed are trained once
-        for pair, kind in kinds:
-            for way in WAYS[kind]:
-                lr = best_rate(rows, pair, kind, way) if way in RATES[kind] else None
-                if lr is not None or way not in RATES[kind]:
-                    yield _point(pair, kind, way, "final", lr, seed, known[pair, kind])
+        for kind, way in ways:
+            lr = best_rate(rows, way) if way in RATES else None
+            if lr is not None or way not in RATES:
+                yield {"pair": pair, "kind": kind, "way": way, "stage": "final", "lr": lr, "seed": seed}
 
 
-def _point(pair: str, kind: str, way: str, stage: str, lr: float | None, seed: int, rates) -> dict:
-    return {"pair": pair, "kind": kind, "way": way, "stage": stage, "lr": lr, "seed": seed, "rates": rates}
-
-
-def _tries(rows: list[dict], pair: str, kind: str, way: str, rates) -> Iterator[dict]:
-    for lr in grid(rows, pair, kind, way):
-        yield _point(pair, kind, way, "sweep", lr, 0, rates)
-
-
-def grid(rows: list[dict], pair: str, kind: str, way: str) -> list[float]:
+def grid(rows: list[dict], way: str) -> list[float]:
     """The rates to try: while the best is the first or the last, one more beyond it, by the same factor."""
-    rates = list(RATES[kind][way])
-    for _ in range(WIDEN if len(rates) > 1 else 0):
-        best = _best(rows, pair, kind, way, rates)
+    rates = list(RATES[way])
+    for _ in range(WIDEN):
+        best = _best(rows, way, rates)
         if best == rates[0]:
             rates.insert(0, float(f"{rates[0] ** 2 / rates[1]:.2g}"))
         elif best == rates[-1]:
@@ -398,46 +391,43 @@ def grid(rows: list[dict], pair: str, kind: str, way: str) -> list[float]:
     return rates
 
 
-def best_rate(rows: list[dict], pair: str, kind: str, way: str) -> float | None:
+def best_rate(rows: list[dict], way: str) -> float | None:
     """The rate with the best score of the first stage, the lowest of equals; None until all are in."""
-    return _best(rows, pair, kind, way, grid(rows, pair, kind, way))
+    return _best(rows, way, grid(rows, way))
 
 
-def _best(rows: list[dict], pair: str, kind: str, way: str, rates: list[float]) -> float | None:
-    wanted = (pair, kind, way, "sweep")
-    found = [row for row in rows if tuple(row[key] for key in ("pair", "kind", "way", "stage")) == wanted]
-    done = [row for row in found if row["lr"] in rates]
+def _best(rows: list[dict], way: str, rates: list[float]) -> float | None:
+    done = [row for row in rows if (row["way"], row["stage"]) == (way, "sweep") and row["lr"] in rates]
     if {row["lr"] for row in done} != set(rates):
         return None
-    asked = way if way in SKILLS else "score"
-    return max(done, key=lambda row: (row[asked], row["compliance"], -row["lr"]))["lr"]
+    return max(done, key=lambda row: (row["score"], row["compliance"], -row["lr"]))["lr"]
 
 
-def log_path() -> Path:
+def log_path(pair: str) -> Path:
     """Where finished points are kept; other sizes or another base model have another file."""
     base = hashlib.sha256((base_folder("small") / "model.safetensors").read_bytes()).hexdigest()
     arms = [arm.to_dict() for arm in ARMS.values()]
-    settings = json.dumps([arms, RATES, FACTS, FACT_STEPS, ROWS, base])
-    return cache() / "sweeps" / f"composition-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.jsonl"
+    settings = json.dumps([arms, RATES, FACTS, FACT_STEPS, PRACTICE_STEPS, ROWS, base])
+    return cache() / "sweeps" / f"compose_{pair}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.jsonl"
 
 
-def run(limit: int | None = None, seeds: int = SEEDS) -> Path | None:
+def run(pair: str, limit: int | None = None, seeds: int = SEEDS) -> Path | None:
     """Run what is missing; returns the record's path once all is there, None if `limit` came first."""
     from tqdm.std import tqdm
 
     from labs_lib.measure.records import Record, save_record
 
-    log = log_path()
+    log = log_path(pair)
     log.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
 
     def key(row: dict) -> tuple:
-        return tuple(row[part] for part in ("pair", "kind", "way", "stage", "lr", "seed"))
+        return tuple(row[part] for part in ("kind", "way", "stage", "lr", "seed"))
 
-    bar = tqdm(unit="run", ncols=90, desc="composition")
+    bar = tqdm(unit="run", ncols=90, desc=f"compose {pair}")
     while True:
         rows = {key(row): row for row in done}
-        plan = list(points(done, seeds))
+        plan = list(points(pair, done, seeds))
         missing = [point for point in plan if key(point) not in rows]
         bar.total = len(plan)
         bar.update(len(plan) - len(missing) - bar.n)
@@ -453,17 +443,18 @@ def run(limit: int | None = None, seeds: int = SEEDS) -> Path | None:
     if missing:
         return None
     kinds = " or ".join(arm.name for arm in ARMS.values())
-    note = f"Two adapters ({kinds}) trained apart and put together, small base, {FACTS} facts in {FACT_STEPS} steps."
-    return save_record(Record("composition", [rows[key(point)] for point in plan], note=note))
+    note = f"Two adapters ({kinds}) trained apart and put together, small base: {PAIRS[pair].__doc__.splitlines()[0]}"
+    return save_record(Record(f"compose_{pair}", [rows[key(point)] for point in plan], note=note))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pair", choices=PAIRS, help="which two skills")
     parser.add_argument(
         "--limit", type=int, default=None, help="stop after so many runs; the next call goes on"
     )
 
 
 def main(args: argparse.Namespace) -> int:
-    path = run(args.limit)
+    path = run(args.pair, args.limit)
     print(f"recorded in {path}" if path else "stopped early; run the same command to go on")
     return 0

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from labs_lib.errors import LabsError
 from labs_lib.measure.quality import collate, encode_rows
 from labs_lib.measure.records import load_records
 from labs_lib.methods.adapters import adapted_sublayers
@@ -20,11 +21,12 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(bases, "load_base", lambda size, **options: load("tiny", **options))
     monkeypatch.setenv("LABS_CACHE", str(tmp_path))
     monkeypatch.delenv("LABS_RECORD", raising=False)
-    for cached in (composing.pair_of, composing.skill):
-        cached.cache_clear()
+    remembering = (composing.pair_of, composing.skill, composing.rate_of)
+    for each in remembering:
+        each.cache_clear()
     yield
-    for cached in (composing.pair_of, composing.skill):
-        cached.cache_clear()
+    for each in remembering:
+        each.cache_clear()
 
 
 @pytest.fixture
@@ -159,7 +161,7 @@ def test_what_practice_sees_is_not_what_is_scored(monkeypatch):
     asked = []
     monkeypatch.setattr(quality, "recall", lambda m, t, rows, **k: asked.append(rows["prompt"]) or [1.0])
     monkeypatch.setattr(composing, "copy_scores", lambda *a: dict.fromkeys(("exact", "compliance"), 0.5))
-    pair = composing.voice_and_facts()
+    pair = composing.style_and_facts()
     learned = pair.skills[1][0].rows["prompt"]
     practised = pair.practice[1].rows["prompt"]
     for split in ("validation", "test"):
@@ -198,71 +200,70 @@ def quick(monkeypatch):
 
     def run_point(point):
         ran.append(point)
-        score = -abs((point["lr"] or 1e-2) - 1e-2)
-        return point | {"first": score, "second": score, "score": score, "compliance": 1.0}
+        return point | {"score": -abs((point["lr"] or 1e-2) - 1e-2), "compliance": 1.0}
 
     monkeypatch.setattr(composing, "run_point", run_point)
     return ran
 
 
 def test_stops_at_the_limit_goes_on_and_records_when_complete(quick):
-    assert composing.run(limit=5, seeds=2) is None
-    before = composing.log_path().read_text().splitlines()
-    assert len(before) == 5 and not load_records("composition")
-    path = composing.run(seeds=2)
-    assert path.exists() and composing.log_path().read_text().splitlines()[:5] == before
-    (record,) = load_records("composition")
+    assert composing.run("halves", limit=5, seeds=2) is None
+    before = composing.log_path("halves").read_text().splitlines()
+    assert len(before) == 5 and not load_records("compose_halves")
+    path = composing.run("halves", seeds=2)
+    assert path.exists() and composing.log_path("halves").read_text().splitlines()[:5] == before
+    (record,) = load_records("compose_halves")
     assert len(record.rows) == len(quick)  # nothing ran twice
     finals = [row for row in record.rows if row["stage"] == "final"]
-    ways = sum(map(len, composing.WAYS.values()))
-    assert len(finals) == len(composing.PAIRS) * 2 * ways
-    assert {row["seed"] for row in finals} == {1, 2}
-
-
-def test_every_way_takes_the_best_rates_of_its_skills(quick):
-    composing.run(seeds=1)
-    (record,) = load_records("composition")
-    rate = {"adapter": 1e-2, "lora": 1e-2}  # the best of three; the only one that LoRA tries
-    for row in record.rows:
-        if row["way"] in composing.SKILLS and row["stage"] == "sweep":
-            assert row["rates"] is None
-        else:
-            assert row["rates"] == [rate[row["kind"]]] * 2
-        if row["stage"] == "final":
-            assert row["lr"] == (rate[row["kind"]] if row["way"] in composing.RATES[row["kind"]] else None)
+    assert len(finals) == 2 * sum(map(len, composing.WAYS.values()))
+    assert {row["seed"] for row in finals} == {1, 2} and {row["pair"] for row in finals} == {"halves"}
+    assert all(row["lr"] == (1e-2 if row["way"] in composing.RATES else None) for row in finals)
 
 
 def test_a_grid_grows_where_its_best_is_at_the_edge():
     def row(lr, score):
-        place = {"pair": "two halves", "kind": "adapter", "way": "fusion", "stage": "sweep"}
-        return place | {"lr": lr, "score": score, "compliance": 0.0}
+        return {"way": "fusion", "stage": "sweep", "lr": lr, "score": score, "compliance": 0.0}
 
-    place = ("two halves", "adapter", "fusion")
     rows = [row(1e-3, 0.1), row(3e-3, 0.2), row(1e-2, 0.3)]
-    assert composing.grid(rows, *place) == [1e-3, 3e-3, 1e-2, 0.033]
-    assert composing.best_rate(rows, *place) is None
+    assert composing.grid(rows, "fusion") == [1e-3, 3e-3, 1e-2, 0.033]
+    assert composing.best_rate(rows, "fusion") is None
     rows.append(row(0.033, 0.25))
-    assert (
-        composing.grid(rows, *place) == [1e-3, 3e-3, 1e-2, 0.033]
-        and composing.best_rate(rows, *place) == 1e-2
-    )
+    assert composing.grid(rows, "fusion") == [1e-3, 3e-3, 1e-2, 0.033]
+    assert composing.best_rate(rows, "fusion") == 1e-2
+
+
+def test_a_skill_takes_the_best_rate_of_its_sweep(monkeypatch):
+    from labs_lib.measure import records
+
+    rows = [
+        {"stage": stage, "arm": {"name": name}, "label": "style", "lr": lr}
+        for stage, name, lr in (
+            ("sweep", "Pfeiffer, 18 units", 1.0),
+            ("final", "Houlsby, 9 units", 2.0),
+            ("final", "Pfeiffer, 18 units", 3.0),
+        )
+    ]
+    monkeypatch.setattr(records, "load_record", lambda name, device: records.Record(name, rows))
+    assert composing.rate_of("adapter", "style") == 3.0
+    with pytest.raises(LabsError, match="labs sweep tune_lora_style"):
+        composing.rate_of("lora", "style")
 
 
 @pytest.mark.parametrize("kind", composing.WAYS)
-def test_one_real_run_of_each_kind(kind, monkeypatch):
-    """All ways, two steps each, on a few rows: what is recorded is what the lab reads."""
-    monkeypatch.setattr(composing, "FACT_STEPS", 2)
-    pair = composing.voice_and_facts()
-    short = tuple((composing.Stream(composing.part(s.rows, 0, 8), 4), 2) for s, _ in pair.skills)
-    few = tuple(stream for stream, _ in short)
+def test_one_real_run_of_each_way(kind, monkeypatch):
+    """Two steps each, on a few rows: what is recorded is what the lab reads."""
+    whole = composing.style_and_facts()
+    skills = tuple((composing.Stream(composing.part(s.rows, 0, 8), 4), 2) for s, _ in whole.skills)
+    few = tuple(stream for stream, _ in skills)
     score = {"first": 0.5, "second": 0.5, "score": 0.5, "compliance": 0.5}
-    small = composing.Pair(short, few, (few, 2), lambda *a: dict(score))
+    small = composing.Pair(skills, whole.labels, few, (few, 2), lambda *a: dict(score))
     monkeypatch.setattr(composing, "pair_of", lambda name: small)
+    monkeypatch.setattr(composing, "rate_of", lambda kind, label: 1e-3)
+    monkeypatch.setattr(composing, "PRACTICE_STEPS", 2)
     for way in composing.WAYS[kind]:
-        lr = composing.RATES[kind][way][0] if way in composing.RATES[kind] else None
-        point = composing._point("voice and facts", kind, way, "final", lr, 1, [1e-3, 1e-3])
-        monkeypatch.setattr(composing, "PRACTICE_STEPS", 2)
+        lr = composing.RATES[way][0] if way in composing.RATES else None
+        point = {"pair": "facts", "kind": kind, "way": way, "stage": "final", "lr": lr, "seed": 1}
         row = composing.run_point(point)
         json.dumps(row)
         assert row["score"] == 0.5 and 0 <= row["kept"] <= 1
-        assert (row["trained"] > 0) == (way in composing.RATES[kind] and way not in composing.SKILLS)
+        assert (row["trained"] > 0) == (way in composing.RATES)
