@@ -58,7 +58,7 @@ class DirectPrefix(nn.Module):
         return self.weight
 
 
-def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
+def fresh_linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
     """nn.Linear with its usual start, uniform within 1 / sqrt(inputs), drawn from `generator`."""
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs, device=torch.empty(0).device)
     for parameter in layer.parameters():
@@ -73,7 +73,7 @@ class ProjectedPrefix(nn.Module):
     Source: Li and Liang 2021, section 4.3, who found training the numbers themselves unstable.
 
     Steps:
-    1. __init__: draw the embedding, then the two layers of the transform, first to last.
+    1. __init__: draw the embedding, then the transform's layers with fresh_linear, first to last.
     2. forward: the transform of the embedding, (tokens, 2 x layers x width).
     3. export: a DirectPrefix that starts at what forward gives now; the network is not needed to use it.
     """
@@ -82,7 +82,7 @@ class ProjectedPrefix(nn.Module):
         super().__init__()
         self.embedding = nn.Parameter(torch.randn(tokens, width, generator=generator))
         self.transform = nn.Sequential(
-            _linear(width, hidden, generator), nn.Tanh(), _linear(hidden, 2 * layers * width, generator)
+            fresh_linear(width, hidden, generator), nn.Tanh(), fresh_linear(hidden, 2 * layers * width, generator)
         )
 
     def forward(self) -> torch.Tensor:

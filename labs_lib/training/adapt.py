@@ -230,8 +230,8 @@ def llama_adapter(model, arm: "Arm", seed: int, steps: int) -> Adapted:
 def prefix(model, arm: "Arm", seed: int, steps: int) -> Adapted:
     """Our prefix; options: `tokens`, and whatever else `add_prefix` takes, e.g. `hidden` for the projection.
 
-    With the option `text` it starts from the keys and values of that text's first tokens. How far it lies from what real
-    tokens leave in the cache (`prefix_distance`) is recorded for the start and for the end.
+    With the option `text` it starts from the keys and values of that text's first tokens. How far it lies from what
+    real tokens leave in the cache (`prefix_distance`) is recorded for the start and for the end.
     """
     import torch
     from transformers import DynamicCache
@@ -239,7 +239,6 @@ def prefix(model, arm: "Arm", seed: int, steps: int) -> Adapted:
     from labs_lib.methods.prefix_tuning import DirectPrefix, PrefixTuning, add_prefix, text_prefix
     from labs_lib.methods.prompt_tuning import leave_base_out
     from labs_lib.models.base import load_base
-    from labs_lib.training.sweeps import TENANT
     from labs_lib.world.tasks import load_task
 
     options = dict(arm.options)
@@ -253,23 +252,26 @@ def prefix(model, arm: "Arm", seed: int, steps: int) -> Adapted:
     start = DirectPrefix(model.prefix())
 
     def finish() -> dict:
-        texts = load_task("style", tenant=TENANT)["train"]["prompt"][:32]
-        table = torch.cat([text_prefix(model.base, tokenizer(each)["input_ids"]).weight for each in texts])
+        def cached(split):
+            ids = tokenizer(load_task("retention")[split]["prompt"][::32])["input_ids"]
+            return torch.cat([text_prefix(model.base, each).weight.detach() for each in ids])
+
+        real, others = cached("train"), cached("test")
         ends = {"distance_at_start": start(), "distance": model.prefix()}
-        return {name: prefix_distance(prefix.detach(), table.detach()) for name, prefix in ends.items()}
+        return {name: prefix_distance(prefix.detach(), real, others) for name, prefix in ends.items()}
 
     return Adapted(model, finish=finish)
 
 
-def prefix_distance(prefix, table) -> float:
-    """How far virtual tokens lie from the nearest real one, over the usual distance between real ones (medians).
+def prefix_distance(prefix, real, others) -> float:
+    """How far virtual tokens lie from the nearest real one, over how far other real ones do (medians).
 
-    `prefix` is (tokens, 2 x layers x width), `table` the same for tokens that the base has read (n, ...).
+    `prefix` is (tokens, 2 x layers x width); `real` and `others` are the same for tokens that the base has read.
     """
     from labs_lib.methods.prompt_tuning import nearest_tokens
 
-    usual = nearest_tokens(table, table, k=2, metric="euclidean")[1][:, 1].median()
-    return (nearest_tokens(prefix, table, metric="euclidean")[1].median() / usual).item()
+    far, usual = (nearest_tokens(each, real, metric="euclidean")[1].median() for each in (prefix, others))
+    return (far / usual).item()
 
 
 def ia3(model, arm: "Arm", seed: int, steps: int) -> Adapted:
