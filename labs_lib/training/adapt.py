@@ -182,10 +182,11 @@ def prompt(model, arm: "Arm", seed: int, steps: int) -> Adapted:
     from labs_lib.world.tenants import load_tenant
 
     options = dict(arm.options)
-    text = options.pop("text", "")
+    tokenizer, text, ids = load_base(model.name_or_path)[1], options.pop("text", ""), ()
     if options.get("init") == "guide":
-        options["init"], text = "text", f"Guide: {load_tenant(TENANT).guide}\n"
-    ids = load_base(model.name_or_path)[1](text, add_special_tokens=False)["input_ids"] if text else ()
+        options["init"], ids = "text", tokenizer(f"Guide: {load_tenant(TENANT).guide}\n")["input_ids"]
+    elif text:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     model = add_prompt(model, ids=ids, generator=torch.Generator().manual_seed(seed), **options)
     table = model.base.get_input_embeddings().weight.detach()
     start = model.prompt.detach().clone()

@@ -189,12 +189,11 @@ def _prefix(tokens: int, hidden: int | None = None, rates: tuple[float, ...] = _
     return Arm(name, method="prefix", options=options, rates=rates)
 
 
-_PROMPT_RATES = (1e-1, 3e-1, 1.0)
-_PROMPT_TEXT = "Copy for Fathom Eleven, adventure brand for members:\n"
+_PROMPT_RATES = (3e-2, 1e-1, 3e-1)
 
 
 def _prompt(tokens: int, init: str = "vocab", rates: tuple[float, ...] = _PROMPT_RATES, **more) -> Arm:
-    """128 numbers per token on `small`: 18 tokens are exactly as many as (IA)3 has."""
+    """128 numbers per token on `small`; 20 tokens are as many as a tenant's guide has."""
     name = more.pop("name", f"prompt {tokens}")
     return Arm(name, method="prompt", options={"tokens": tokens, "init": init} | more, rates=rates)
 
@@ -512,87 +511,49 @@ SWEEPS = {
         ),
         Sweep(
             name="prompt",
-            note="Prompt tuning, 18 tokens of the vocabulary, on one tenant's style.",
-            arms=(_prompt(18),),
-            tasks=(_STYLE,),
-            rates=(),
-            seeds=5,
-            widen=1,
-        ),
-        Sweep(
-            name="prompt_init",
-            note="The same style from normal numbers: of the table's size, of size 1, and 50 times the table's.",
-            arms=tuple(
-                _prompt(18, "random", name=f"prompt 18, normal, {times}", std=std)
-                for times, std in (("as the table", 0.12), ("size 1", 1.0), ("50 times the table", 6.0))
+            note="One tenant's style as in the bake-off: prompt tuning by its start, and by the number of tokens.",
+            arms=(
+                *(
+                    _prompt(20, "random", name=f"normal, {times}", std=std)
+                    for times, std in (("as the table", 0.12), ("size 1", 1.0), ("50 times the table", 6.0))
+                ),
+                _prompt(20, "text", name="a text", text="Copy for Fathom Eleven, adventure brand for members:\n"),
+                _prompt(20, "guide", (3e-3, 1e-2, 3e-2), name="the guide"),
+                *(_prompt(tokens) for tokens in (2, 6, 60)),
             ),
-            tasks=(_STYLE,),
+            tasks=(replace(_STYLE, batch=8),),
             rates=(),
             seeds=5,
-            widen=1,
+            widen=2,
+            gentle=True,
         ),
         Sweep(
             name="prompt_medium",
-            note="Prompt tuning against full fine-tuning on the medium base: a style, and reviews.",
-            arms=(_prompt(18, rates=(3e-2, 1e-1, 3e-1)), _FULL),
-            tasks=(_STYLE, _REVIEWS),
+            note="The bake-off's style and reviews on the medium base: prompt tuning against full fine-tuning.",
+            arms=(_prompt(20), replace(_FULL, rates=(3e-4, 1e-3))),
+            tasks=(replace(_STYLE, batch=8), _REVIEWS),
             rates=(),
             seeds=3,
             size="medium",
             widen=1,
+            gentle=True,
         ),
         Sweep(
             name="prompt_tiny",
-            note="Prompt tuning against full fine-tuning on the tiny base: a style, and reviews.",
-            arms=(_prompt(18, rates=(3e-2, 1e-1, 3e-1)), replace(_FULL, rates=(3e-4, 1e-3, 3e-3))),
-            tasks=(_STYLE, _REVIEWS),
+            note="The bake-off's style and reviews on the tiny base: prompt tuning against full fine-tuning.",
+            arms=(_prompt(20), replace(_FULL, rates=(3e-4, 1e-3, 3e-3))),
+            tasks=(replace(_STYLE, batch=8), _REVIEWS),
             rates=(),
             seeds=3,
             size="tiny",
             widen=1,
-        ),
-        Sweep(
-            name="prompt_reviews",
-            note="Full fine-tuning on reviews, beside the other methods in sweep_prefix_reviews.",
-            arms=(_FULL,),
-            tasks=(_REVIEWS,),
-            rates=(),
-            seeds=5,
-        ),
-        Sweep(
-            name="prompt_tokens",
-            note="One tenant's style by the number of soft tokens.",
-            arms=tuple(_prompt(tokens) for tokens in (2, 6, 54)),
-            tasks=(_STYLE,),
-            rates=(),
-            seeds=3,
-            widen=1,
-        ),
-        Sweep(
-            name="prompt_text",
-            note="The same style from a text about the task, and from the tenant's guide itself.",
-            arms=(
-                _prompt(18, "text", name="prompt 18, a text", text=_PROMPT_TEXT),
-                _prompt(19, "guide", (3e-3, 3e-2, 3e-1), name="prompt 19, the guide"),
-            ),
-            tasks=(_STYLE,),
-            rates=(),
-            seeds=3,
-        ),
-        Sweep(
-            name="prompt_facts",
-            note="Prompt tuning on 512 facts.",
-            arms=(_prompt(18),),
-            tasks=(_FACTS_512,),
-            rates=(),
-            seeds=3,
-            widen=1,
+            gentle=True,
         ),
         Sweep(
             name="prompt_long",
             note="Prompt tuning on the style for four times as many steps: was it only trained too little?",
-            arms=(_prompt(18, rates=(1e-1, 3e-1)),),
-            tasks=(replace(_STYLE, label="style, 240 steps", steps=240),),
+            arms=(_prompt(20, rates=(3e-2, 1e-1)),),
+            tasks=(replace(_STYLE, label="style, 240 steps", steps=240, batch=8),),
             rates=(),
             seeds=3,
         ),
