@@ -517,7 +517,7 @@ SWEEPS = {
                     _prompt(20, "random", name=f"normal, {times}", std=std)
                     for times, std in (("as the table", 0.12), ("size 1", 1.0), ("50 times the table", 6.0))
                 ),
-                _prompt(20, "text", name="a text", text="Copy for Fathom Eleven, adventure brand for members:\n"),
+                _prompt(20, "text", name="a text", text="Fathom Eleven, adventure brand for members:\n"),
                 _prompt(20, "guide", (3e-3, 1e-2, 3e-2), name="the guide"),
                 *(_prompt(tokens) for tokens in (2, 6, 60)),
             ),
