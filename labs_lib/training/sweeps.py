@@ -506,7 +506,7 @@ SWEEPS = {
             ),
             tasks=(_FACTS_512, _STYLE),
             rates=(),
-            seeds=5,
+            seeds=3,
             widen=1,
         ),
         Sweep(

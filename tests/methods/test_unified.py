@@ -253,6 +253,23 @@ def test_mix_and_match_goes_to_disk_as_two_adapters(tiny_llama, batch, tmp_path)
     assert torch.equal(logits(loaded, batch), logits(model, batch))
 
 
+def test_mix_and_matchs_parts_have_a_rate_each():
+    from labs_lib.models.base import load_base
+    from labs_lib.training.adapt import METHODS
+    from labs_lib.training.sweeps import Arm
+
+    sizes = {"tokens": 2, "bottleneck": 4}
+    made = METHODS["mix_and_match"](
+        load_base("tiny")[0], Arm("MAM", options=sizes | {"prefix_rate": 10}), 0, 10
+    )
+    adapters, prefix = made.optimizer(1e-3).param_groups
+    assert (adapters["lr"], prefix["lr"]) == (1e-3, pytest.approx(1e-2))
+    assert [id(p) for p in prefix["params"]] == [id(made.model.prefix.weight)]
+    both = [id(p) for group in (adapters, prefix) for p in group["params"]]
+    assert sorted(both) == sorted(id(p) for p in trainable_parameters(made.model))
+    assert METHODS["mix_and_match"](load_base("tiny")[0], Arm("MAM", options=sizes), 0, 10).optimizer is None
+
+
 def test_mix_and_match_runs_in_a_sweep(monkeypatch):
     from labs_lib.training import sweep
     from labs_lib.training.sweeps import Arm, Task

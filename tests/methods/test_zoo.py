@@ -694,6 +694,7 @@ def test_a_point_of_a_sweep_runs(monkeypatch):
     row = sweep.run_point(point, "tiny")
     assert row["params"] == count_zoo(sweep_base(), ZOO["lokr"], rank=2, alpha=8, factor=4)
     assert row["loss"] > 0 and 0 <= row["score"] <= 1
+    assert 1 < row["stable_rank"] <= row["effective_rank"] <= 64 and row["change"] > 0
 
 
 def sweep_base():

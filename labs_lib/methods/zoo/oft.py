@@ -15,19 +15,18 @@ class OFTLinear(ZooLinear):
     """base(x R): R turns each block of `block` inputs. oft_R.weight (blocks, block (block - 1) / 2) starts at zero.
 
     Its numbers are the upper triangles of skew matrices Q, Q^T = -Q; at zero nothing turns, exactly. Cayley:
-    (I + Q) (I - Q)^-1 is a rotation, and equals (I + Q) (I + Q + Q^2 + ...). The inner series is cut so that `terms`
-    powers of Q are left, the last counted once and those between twice: a rotation only as long as Q is small.
-    terms=None solves (I - Q) (I + Q)^-1 without an error; as in PEFT, that is the turn the other way.
+    (I + Q) (I - Q)^-1 is a rotation, and equals (I + Q) (I + Q + Q^2 + ...). The series is cut so that `terms` powers
+    of Q are left, the last counted once, those between twice: a rotation only as long as Q is small. terms=None
+    solves (I - Q) (I + Q)^-1 without an error; as in PEFT, that is the turn the other way.
     Source: Qiu et al. 2023, Cayley and blocks; Qiu et al. 2025, equation 2 (turn x, not W) and section 3.3 (series).
 
     Steps:
-    1. __init__: `block` divides the inputs; learn the triangles.
-    2. rotations: Q from the triangles, (blocks, block, block); then the series, or the solution.
-    3. forward: x as (..., blocks, block), each block a row times its rotation; then base.
-    4. delta: R is block diagonal, and base(x R) = x R W^T, so the new weight is W R^T.
+    1. rotations: Q from the triangles, (blocks, block, block); then the series, or the solution.
+    2. forward: x as (..., blocks, block), each block a row times its rotation; then base.
+    3. delta: R is block diagonal, and base(x R) = x R W^T, so the new weight is W R^T.
     """
 
-    def __init__(self, base, block=32, terms=5, generator=None):
+    def __init__(self, base, block=32, terms=5, generator=None):  # keep
         super().__init__(base)
         if base.in_features % block:
             raise ValueError(f"A block of {block} does not divide {base.in_features} inputs: take a divisor.")
