@@ -295,6 +295,9 @@ def ensure(root):
         return
     cuda = has_nvidia_gpu()
     need = GB_CUDA if cuda else GB_CPU
+    # The standard Linux build of torch brings gigabytes of CUDA libraries, also to machines without use for them.
+    cpu_only = platform.system() == "Linux" and not cuda
+    cpu_build = cpu_only and reachable(TORCH_CPU + "/torch/")
     if usable(env):
         check_disk(root, max(need - size_gb(env), 0.3))
         print("Completing the environment in %s." % env, flush=True)
@@ -304,13 +307,18 @@ def ensure(root):
         check_disk(root, need)
         print("Making the environment in %s, once: a few minutes and up to %.0f GB." % (env, need))
         print("  with %s, torch %s" % (python, "with CUDA" if cuda else "for CPU"), flush=True)
+        if cpu_only and not cpu_build:
+            print(
+                "  %s does not answer: torch may come with its CUDA libraries, and take %.0f GB"
+                % (TORCH_CPU, GB_CUDA),
+                flush=True,
+            )
         make_venv(python, env)
     if stamp.exists():
         stamp.unlink()
     pip = Pip(env)
-    if platform.system() == "Linux" and not cuda and reachable(TORCH_CPU + "/torch/"):
-        # The standard Linux build brings gigabytes of CUDA libraries. Only torch itself is taken from there.
-        try:
+    if cpu_build:
+        try:  # only torch itself is taken from there
             pip.install("--no-deps", "--index-url", TORCH_CPU, torch_pin(root))
         except SetupError as reason:
             print("\nNo CPU build of torch from %s, taking the standard one. %s" % (TORCH_CPU, reason))

@@ -420,6 +420,18 @@ def test_hazard_the_trainer_refuses_adapters_that_are_not_pefts():
         validate_quantization_for_training(model)
 
 
+def test_hazard_starts_that_need_the_weights_numbers_are_refused_on_4_bits():
+    """PiSSA and CorDA decompose the base's weights: PEFT raises, and says to start from floating point."""
+    from peft import LoraConfig, get_peft_model
+
+    from labs_lib.models.base import load_base
+
+    for start in ("pissa", "corda"):
+        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=start)
+        with pytest.raises(TypeError, match="float32, float16, or bfloat16"):
+            get_peft_model(load_base("tiny", quantise="nf4")[0], config)
+
+
 def test_frozen_matmul_follows_the_type_of_its_input():
     layer = NF4Linear(nn.Linear(64, 64, bias=False))
     assert FrozenMatmul.apply(torch.randn(2, 64, dtype=torch.bfloat16), layer).dtype == torch.bfloat16

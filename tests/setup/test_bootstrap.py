@@ -92,8 +92,10 @@ def course(tmp_path_factory) -> Path:
     while not (root / "go.wanted").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    said, _ = process.communicate()
     assert (root / "go.wanted").exists(), "the installation never came to the package"
+    if sys.platform == "linux" and not bootstrap.has_nvidia_gpu():
+        assert f"{bootstrap.TORCH_CPU} does not answer" in said
     assert (root / ".venv").exists() and not (root / ".venv" / "complete").exists()
     (root / "go").touch()
     status, out, err = finish(start(root))
