@@ -347,6 +347,20 @@ class Health(BaseModel):
     model: str
 
 
+class Live(BaseModel):
+    """What the live page shows (`live.picture`): slots, tenants with their tier and latency, and moves since `seen`."""
+
+    now: float
+    seen: int
+    slots: list[dict]
+    running: int
+    rows: int
+    waiting: int
+    isolated: bool | None
+    tenants: list[dict]
+    moves: list[dict]
+
+
 class Isolation(BaseModel):
     """What has been proved about who got whose adapter. `found` is the first leak, in words; `canaries` answered right;
     `oracle` counts judged results in all and per tenant."""

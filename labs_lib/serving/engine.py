@@ -10,6 +10,7 @@ import itertools
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from labs_lib.serving.types import IsolationError, OnEnd, OnToken, Provenance, R
 log = logging.getLogger(__name__)
 
 PREFILL_TOKENS = 4096  # of one prefill pass, padding included: running sequences wait for it
+LOOK = 1000  # events that `look` gives
 
 
 @dataclass(eq=False)
@@ -262,6 +264,23 @@ class Engine:
                 "kv_pages": self.pool.kv_count,
                 "prefix_tokens_reused": self.kv.hits,
                 "events": dict(self.ledger.counts),
+            }
+
+    def look(self) -> dict:
+        """Where every adapter is and whose requests run and wait, at one moment, with the ledger's newest events."""
+        with self._lock:
+            newest = list(itertools.islice(reversed(self.ledger.events), LOOK))[::-1]
+            return {
+                "slots": [
+                    {"slot": s.number, "adapter": s.adapter, "tenant": s.tenant, "running": s.refs}
+                    for s in self.pool.slots[1:]
+                ],
+                "host": list(self.tiers.host),
+                "loading": list(self.tiers.loading),
+                "running": Counter(each.request.tenant for each in self.running),
+                "waiting": Counter(each.request.tenant for each in self.queue.waiting.values()),
+                "events": newest,
+                "events_seen": self.ledger.counts.total(),
             }
 
     def generate(self, requests: list[Request]) -> list[Result]:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError, StarletteHTTPException
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from labs_lib.errors import LabsError
-from labs_lib.serving import api
+from labs_lib.serving import api, live
 from labs_lib.serving.access import Access, Target, in_thread
 from labs_lib.serving.calls import Call, Calls
 from labs_lib.serving.metrics import Metrics
@@ -578,6 +578,17 @@ def _admin_routes(app: FastAPI, gateway: Gateway, registry) -> None:
             status = "isolation broken" if broken else "shutting down"
             return JSONResponse({"status": status, "model": gateway.access.model_name}, 503)
         return api.Health(status="ok", model=gateway.access.model_name)
+
+    @app.get("/", include_in_schema=False)
+    async def live_page() -> Response:
+        """A page to look at; it knows nothing until it is given the admin's key."""
+        html, headers = live.page()
+        return HTMLResponse(html, headers=headers)
+
+    @app.get("/admin/live", dependencies=admin, responses=_documented(api.Live, api.ErrorBody))
+    async def live_picture(since: Annotated[int, Query(ge=0)] = 0) -> api.Live:
+        """Who is in which tier, who waits, each tenant's latency, and what moved after the event `since`."""
+        return api.Live(**await in_thread(live.picture, gateway.engine, registry, gateway.watch, since))
 
     @app.get("/admin/isolation", dependencies=admin, responses=_documented(api.Isolation, api.ErrorBody))
     async def isolation() -> api.Isolation:

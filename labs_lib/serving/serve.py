@@ -162,6 +162,7 @@ def _greeting(args: argparse.Namespace, root: Path, listener: socket.socket, key
     quoted = shlex.quote(str(root))
     lines = [
         f"Serving {args.model} on {address(listener)} (OpenAI's API: {address(listener)}/v1). Ctrl-C stops it.",
+        f"Who is where, live: {address(listener)}/ (asks for the admin key)",
         "A tenant, in another terminal:",
         f"    labs tenants --registry {quoted} add NAME          (prints its API key)",
         f"    labs tenants --registry {quoted} publish NAME ADAPTER_FOLDER",

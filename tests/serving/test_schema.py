@@ -27,6 +27,7 @@ PUBLIC = {"/health"}
 ADMINS = {
     "/metrics",
     "/admin/isolation",
+    "/admin/live",
     "/admin/tenants",
     "/admin/tenants/{name}/rollback",
     "/v1/load_lora_adapter",
