@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import NamedTuple
 
 from labs_lib.bootstrap import reachable, supported
@@ -105,13 +106,22 @@ def bitsandbytes() -> Finding:
 def memory() -> Finding:
     import psutil
 
-    state = psutil.virtual_memory()
-    text = f"{state.available / GB:.1f} of {state.total / GB:.1f} GB free"
-    if state.available < MEMORY_GB * GB:
+    state, granted = psutil.virtual_memory(), memory_granted()
+    available, total = min(state.available, granted), min(state.total, granted)
+    text = f"{available / GB:.1f} of {total / GB:.1f} GB free"
+    if available < MEMORY_GB * GB:
         return Finding(
             "note", "Memory", f"{text}; a lab takes up to {MEMORY_GB:.0f} GB: close other programs"
         )
     return Finding("ok", "Memory", text)
+
+
+def memory_granted(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> float:
+    """Bytes that a container may use, of what its host has; infinite where nothing is limited."""
+    try:
+        return float(limit.read_text().replace("max", "inf"))
+    except (OSError, ValueError):
+        return float("inf")
 
 
 def disk() -> Finding:

@@ -40,6 +40,15 @@ def test_too_little_disk_and_memory_are_told(monkeypatch):
     assert doctor.memory().level == "note" and "close other programs" in doctor.memory().text
 
 
+def test_a_container_s_share_of_the_memory_counts(monkeypatch, tmp_path):
+    for text, granted in (("max\n", float("inf")), ("2000000000\n", 2e9), ("", float("inf"))):
+        (tmp_path / "memory.max").write_text(text)
+        assert doctor.memory_granted(tmp_path / "memory.max") == granted
+    assert doctor.memory_granted(tmp_path / "none") == float("inf")
+    monkeypatch.setattr(doctor, "memory_granted", lambda: 2e9)
+    assert doctor.memory().level == "note" and "of 2.0 GB free" in doctor.memory().text
+
+
 @pytest.mark.parametrize(
     "reason", [LabsError("data/x is missing: restore it"), ImportError("no torch"), OSError("io")]
 )
