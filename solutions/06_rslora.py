@@ -324,7 +324,7 @@ show(
 
 # %% [markdown]
 # Numbers in the cells are recalled facts in percent, of one seed; triangles are the best rates between the points, mean
-# over three seeds. *You see*: with $\alpha/r$ they stand nearly one above the other over a factor of 16 in rank. With
+# over the record's seeds. *You see*: with $\alpha/r$ they stand nearly one above the other over a factor of 16 in rank. With
 # $\alpha/\sqrt r$ they walk to lower rates.
 
 # %%

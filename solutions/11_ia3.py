@@ -520,6 +520,9 @@ for task in (FACTS, STYLE):
         }
         line["rate"] = f"{rows[0]['lr']:g}{' (edge)' if rows[0]['lr'] in (min(grid), max(grid)) else ''}"
         line |= {"seeds": len(rows), "score %": str(score), "bits per number": bits}
+        for key, name in (("compliance", "rules kept %"), ("fidelity", "facts told %")):
+            told = [100 * row[key] for row in rows if key in row]
+            line[name] = f"{np.mean(told):.1f}" if told else ""
         results.append(line | {"old facts kept %": f"{100 * np.mean([row['kept'] for row in rows]):.0f}"})
 table(results)
 
