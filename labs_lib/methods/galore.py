@@ -22,46 +22,41 @@ PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 DEFAULTS = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
 
 
+def projection_side(shape: Sequence[int], proj_type: str = "std") -> str:
+    """Which side of a gradient (out, in) is projected: "left" its rows, "right" its columns, or "full", both.
+
+    "std" projects the smaller side, the columns if both are alike; "reverse_std" the other one; the rest say it.
+    """
+    if proj_type in ("left", "right", "full"):
+        return proj_type
+    return "right" if (shape[0] >= shape[1]) == (proj_type == "std") else "left"
+
+
 class Projector:
     """From a gradient (out, in) onto its first `rank` singular directions, and back.
 
-    "left" projects the rows: `left` is (out, rank) and the result (rank, in). "right" projects the columns: `right` is
-    (rank, in) and the result (out, rank). "full" does both: (rank, rank). What is not used is None.
-    Source: Zhao et al. 2024, section 4, and galore_torch's GaLoreProjector.
+    `left` is (out, rank), `right` is (rank, in); what projection_side does not ask for is None.
+    Source: Zhao et al. 2024, section 4; galore_torch's GaLoreProjector.
 
     Steps:
-    1. __init__ (kept): no basis yet.
-    2. side: which of the three, for a weight of this shape. "std" projects the smaller side: "right" if out >= in,
-       else "left"; "reverse_std" the other one. The rest say it themselves.
-    3. refresh: U, S, Vh = torch.linalg.svd(gradient, full_matrices=False), in float32 at least; `left` is the first
-       rank columns of U, `right` the first rank rows of Vh. Keep copies (clone) in the gradient's type: a slice keeps
-       the whole matrix in memory.
-    4. project: refresh if there is no basis yet or if step is a multiple of update_proj_gap. Then left.T @ gradient
-       and/or gradient @ right.T.
-    5. project_back: left @ update and/or update @ right, times scale.
+    1. refresh: U, S, Vh = torch.linalg.svd(gradient, full_matrices=False), in float32 at least. Of the first rank
+       columns of U and rows of Vh keep what the side asks for, in the gradient's type, as a copy: .clone(), since a
+       slice would keep the whole matrix in memory.
+    2. project: refresh if there is no basis yet or if step is a multiple of update_proj_gap. Then left.T @ gradient,
+       (rank, in); or gradient @ right.T, (out, rank); or with both, (rank, rank).
+    3. project_back: left @ update and/or update @ right, times scale.
     """
 
     def __init__(
         self, rank: int, update_proj_gap: int = 200, scale: float = 1.0, proj_type: str = "std"
     ):  # keep
-        if rank < 1 or update_proj_gap < 1 or proj_type not in PROJ_TYPES:
-            raise ValueError(
-                f"rank and gap are at least 1, the type one of {PROJ_TYPES}: got {rank}, "
-                f"{update_proj_gap}, {proj_type!r}."
-            )
         self.rank, self.update_proj_gap, self.scale, self.proj_type = rank, update_proj_gap, scale, proj_type
         self.left = self.right = None
 
-    def side(self, shape: Sequence[int]) -> str:
-        if self.proj_type in ("left", "right", "full"):
-            return self.proj_type
-        smaller_is_in = shape[0] >= shape[1]
-        return "right" if smaller_is_in == (self.proj_type == "std") else "left"
-
     def refresh(self, gradient: torch.Tensor) -> None:
-        matrix = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        U, _, Vh = torch.linalg.svd(matrix, full_matrices=False)
-        side = self.side(gradient.shape)
+        exact = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        U, _, Vh = torch.linalg.svd(exact, full_matrices=False)
+        side = projection_side(gradient.shape, self.proj_type)
         self.left = None if side == "right" else U[:, : self.rank].to(gradient.dtype).clone()
         self.right = None if side == "left" else Vh[: self.rank].to(gradient.dtype).clone()
 
@@ -133,6 +128,10 @@ class GaLoreAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             if "rank" in group:
                 group.update(DEFAULTS | group)
+                if group["rank"] < 1 or group["update_proj_gap"] < 1 or group["proj_type"] not in PROJ_TYPES:
+                    raise ValueError(
+                        f"Rank and gap are at least 1, the type is one of {', '.join(PROJ_TYPES)}."
+                    )
                 if any(each.ndim != 2 for each in group["params"]):
                     raise ValueError(
                         "Only a matrix can be projected: put vectors into a group without a rank."
@@ -236,7 +235,7 @@ def energy_kept(gradient: torch.Tensor, projector: Projector) -> float:
 
 
 def gradient_energy(model: nn.Module, targets: str | Sequence[str] = "all-linear") -> dict[str, torch.Tensor]:
-    """energy_curve of the gradient of every target layer, by name, after a backward(); layers without one are left out."""
+    """energy_curve of every target layer's gradient, by name, after a backward(); layers without one are left out."""
     weights = {name: model.get_submodule(name).weight for name in target_names(model, targets)}
     return {name: energy_curve(weight.grad) for name, weight in weights.items() if weight.grad is not None}
 
@@ -251,13 +250,13 @@ def galore_numbers(shape: Sequence[int], rank: int, proj_type: str = "std") -> t
 
     Steps:
     1. A basis has no more directions than the smaller side: rank = min(rank, out, in).
-    2. Projector.side says what is projected. "left": the average is (rank, in), the basis (out, rank). "right": the
+    2. projection_side says what is projected. "left": the average is (rank, in), the basis (out, rank). "right": the
        average (out, rank), the basis (rank, in). "full": the average (rank, rank), and both bases.
     """
     out, in_ = shape
     rank = min(rank, out, in_)
     left, right, both = (rank * in_, out * rank), (out * rank, rank * in_), (rank * rank, rank * (out + in_))
-    return {"left": left, "right": right, "full": both}[Projector(rank, proj_type=proj_type).side(shape)]
+    return {"left": left, "right": right, "full": both}[projection_side(shape, proj_type)]
 
 
 def adam_bytes(numbers: int, state: int) -> int:
