@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labs_lib.errors import LabsError
-from labs_lib.paths import cache
+from labs_lib.paths import cache, data
 from labs_lib.training.fleet import Recipe, Trained, save_adapter, train
-from labs_lib.training.gate import gate, read_by_rules
+from labs_lib.training.gate import Candidate, gate, read_by_rules
 
 TOGETHER = 10  # tenants in a batch
 SCORES = ("compliance", "fidelity", "leakage", "exact")
+SHIPPED_FOR = "small"  # the base whose fleet is in data/fleet
 ROWS = {"validation": 16, "test": 32}  # products per tenant: the gate's, and the report's
 
 
@@ -33,6 +34,7 @@ class Work:
     tenants: tuple[str, ...]
     recipe: Recipe
     size: str
+    device: str = "cpu"
 
 
 def run_batch(work: Work, watch: Callable | None = None) -> tuple[list[dict], Trained]:
@@ -40,9 +42,9 @@ def run_batch(work: Work, watch: Callable | None = None) -> tuple[list[dict], Tr
     from labs_lib.models.base import load_base
     from labs_lib.world.tasks import load_task
 
-    model, tokenizer = load_base(work.size)
-    data = {slug: load_task("style", tenant=slug)["train"][:] for slug in work.tenants}
-    trained = train(model, tokenizer, data, work.recipe, watch=watch)
+    model, tokenizer = load_base(work.size, device=work.device)
+    rows = {slug: load_task("style", tenant=slug)["train"][:] for slug in work.tenants}
+    trained = train(model, tokenizer, rows, work.recipe, watch=watch)
     with tempfile.TemporaryDirectory(prefix="labs-fleet-") as scratch:
         folders = {
             slug: save_adapter(Path(scratch) / slug, tensors, work.recipe, work.size)
@@ -50,7 +52,12 @@ def run_batch(work: Work, watch: Callable | None = None) -> tuple[list[dict], Tr
         }
         sizes = {slug: sum(f.stat().st_size for f in folder.iterdir()) for slug, folder in folders.items()}
         scores = {
-            split: read_by_rules(model, tokenizer, folders, split, rows) for split, rows in ROWS.items()
+            split: read_by_rules(
+                model,
+                tokenizer,
+                {slug: Candidate.of(folder, slug, split, rows) for slug, folder in folders.items()},
+            )
+            for split, rows in ROWS.items()
         }
     rows = []
     for slug in work.tenants:
@@ -69,32 +76,41 @@ def run_batch(work: Work, watch: Callable | None = None) -> tuple[list[dict], Tr
 
 def spread(todo: Sequence[Work], here: bool = False) -> Iterator[tuple[list[dict], Trained]]:
     """Run the batches, and give each as it gets done: over Ray, or one after the other in this process."""
-    try:
-        import ray
-    except ImportError:
-        ray = None
-    if here or ray is None:
-        if ray is None and not here:
-            print(
-                "Ray is not installed (`pip install -e '.[scale]'`): training in this process, batch by batch."
-            )
+    ray = None if here else _ray()
+    if ray is None:
         for work in todo:
             yield run_batch(work, _progress(work))
         return
-    # RAY_ADDRESS, if it is set, names the cluster; else Ray starts on this machine and stops at the end.
-    context = ray.init(include_dashboard=False, log_to_driver=False)
-    cluster = os.environ.get("RAY_ADDRESS") or "this machine"
-    cores = int(ray.cluster_resources().get("CPU", 1))
-    print(f"Ray {ray.__version__} on {cluster}: {len(todo)} batches over {cores} cores.")
     remote = ray.remote(num_cpus=1, max_retries=2)(_one_core)
     try:
-        waiting = {remote.remote(work): work for work in todo}
+        waiting = [remote.remote(work) for work in todo]
         while waiting:
-            (done,), _ = ray.wait(list(waiting))
-            del waiting[done]
+            (done,), waiting = ray.wait(waiting)
             yield ray.get(done)
     finally:
-        context.disconnect() if os.environ.get("RAY_ADDRESS") else ray.shutdown()
+        ray.shutdown()  # leaves a cluster that was there before running
+
+
+def _ray():
+    """Ray, started or joined; None, and a word about it, where it is not installed or does not start."""
+    cluster = os.environ.get("RAY_ADDRESS")
+    go_on = "training in this process, batch by batch."
+    try:
+        import ray
+    except ImportError:
+        print(f"Ray is not installed (`pip install -e '.[scale]'`): {go_on}")
+        return None
+    try:
+        # RAY_ADDRESS, if it is set, names the cluster; else Ray starts on this machine and stops at the end.
+        ray.init(include_dashboard=None if cluster else False, log_to_driver=False, logging_level="error")
+    except Exception as error:
+        if cluster:
+            raise LabsError(f"There is no Ray cluster at RAY_ADDRESS={cluster} ({error}).") from error
+        print(f"Ray did not start here ({' '.join(str(error).split())[:200]}): {go_on}")
+        return None
+    cores = int(ray.cluster_resources().get("CPU", 1))
+    print(f"Ray {ray.__version__} on {cluster or 'this machine'}: {cores} cores.")
+    return ray
 
 
 def _one_core(work: Work) -> tuple[list[dict], Trained]:
@@ -128,13 +144,28 @@ def _progress(work: Work) -> Callable:
     return watch
 
 
+def shipped() -> Path:
+    return data() / "fleet"
+
+
 def default_folder(recipe: Recipe, size: str) -> Path:
     """Where a fleet lies: another recipe or another base is another folder."""
     from labs_lib.models.base import base_folder
 
-    base = hashlib.sha256((base_folder(size) / "model.safetensors").read_bytes()).hexdigest()
+    file = base_folder(size) / "model.safetensors"
+    base = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else size
     name = hashlib.sha256(json.dumps([recipe.to_dict(), base]).encode()).hexdigest()[:12]
-    return cache() / "fleet" / f"{size}-{name}"
+    return cache() / "fleet" / f"{Path(size).name}-{name}"
+
+
+def fleet_folders(tenants: Sequence[str], size: str = "small", device: str = "cpu") -> dict[str, Path]:
+    """Each tenant's trained adapter: as shipped for the base `small`, else from the cache, else trained now."""
+    recipe = Recipe()
+    if size == SHIPPED_FOR and all((shipped() / slug).is_dir() for slug in tenants):
+        return {slug: shipped() / slug for slug in tenants}
+    folder = default_folder(recipe, size)
+    run_fleet(tenants, recipe, size, folder, device=device, here=True)
+    return {slug: folder / slug for slug in tenants}
 
 
 def run_fleet(
@@ -146,6 +177,7 @@ def run_fleet(
     together: int = TOGETHER,
     here: bool = False,
     limit: int | None = None,
+    device: str = "cpu",
 ) -> list[dict]:
     """Train what is missing of a fleet into `folder`, one PEFT directory per tenant; returns a row for each.
 
@@ -162,7 +194,9 @@ def run_fleet(
     missing = [slug for slug in tenants if slug not in rows]
     if rows:
         print(f"{len(rows)} of {len(tenants)} tenants are trained already, in {folder}")
-    todo = [Work(tuple(missing[i : i + together]), recipe, size) for i in range(0, len(missing), together)]
+    todo = [
+        Work(tuple(missing[i : i + together]), recipe, size, device) for i in range(0, len(missing), together)
+    ]
     for found, trained in spread(todo[:limit], here) if missing else ():
         for row in found:
             save_adapter(folder / row["tenant"], trained.adapters[row["tenant"]], recipe, size)
@@ -206,16 +240,16 @@ def one_by_one(tenants: Sequence[str], recipe: Recipe, size: str) -> list[dict]:
 
     rows = []
     for slug in tenants:
-        data = load_task("style", tenant=slug)["train"][:]
+        own = load_task("style", tenant=slug)["train"][:]
         model, tokenizer = load_base(size)
         inject_lora(model, "all-linear", recipe.rank, recipe.alpha)
         settings = {"steps": recipe.steps, "batch_size": recipe.batch, "lr": recipe.lr, "seed": recipe.seed}
         before = time.process_time()
-        run = fit(model, tokenizer, data, progress=False, **settings)
+        run = fit(model, tokenizer, own, progress=False, **settings)
         cpu = time.process_time() - before
         rows.append({"arm": "fit", "tenant": slug, "seconds": run.seconds, "cpu_seconds": cpu})
         model, tokenizer = load_base(size)
-        trained = train(model, tokenizer, {slug: data}, recipe)
+        trained = train(model, tokenizer, {slug: own}, recipe)
         rows.append({"arm": "fleet of one", "tenant": slug, "seconds": trained.seconds})
         rows[-1]["cpu_seconds"] = trained.cpu_seconds
     return rows
@@ -237,7 +271,7 @@ def step_costs(
     from labs_lib.world.tenants import load_tenants
 
     slugs = [tenant.slug for tenant in load_tenants()][: max(counts)]
-    data = {slug: load_task("style", tenant=slug)["train"][:] for slug in slugs}
+    own = {slug: load_task("style", tenant=slug)["train"][:] for slug in slugs}
     model, tokenizer = load_base(size)
     found: dict[tuple[int, int], list[float]] = {}
     for _ in range(rounds):
@@ -249,7 +283,7 @@ def step_costs(
                 def watch(step, losses, took=took):
                     took.append(time.process_time())
 
-                train(model, tokenizer, {slug: data[slug] for slug in slugs[:count]}, short, watch=watch)
+                train(model, tokenizer, {slug: own[slug] for slug in slugs[:count]}, short, watch=watch)
                 found.setdefault((rows, count), []).append(1e3 * (took[1] - took[0]) / count)
     return [
         {"rows": rows, "tenants": count, "cpu_ms_per_tenant": median(times), "rounds": rounds}

@@ -1,12 +1,15 @@
 """The quality gate: no adapter is published before rules have read what the server would write with it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from labs_lib.world.scorers import StyleScore
+    from labs_lib.world.tenants import Tenant
+
+MOST_TOKENS = 80  # of a text
 
 
 @dataclass(frozen=True)
@@ -39,43 +42,57 @@ def gate(score: "StyleScore", bar: Bar | None = None) -> list[str]:
     return reasons
 
 
-def read_by_rules(
-    model, tokenizer, folders: Mapping[str, Path], split: str = "validation", rows: int = 16
-) -> "dict[str, StyleScore]":
-    """Let the serving engine write for the tenants' held-out products, all tenants in its batches, and score each.
+@dataclass(frozen=True)
+class Candidate:
+    """An adapter to be judged: whose it would be, and held-out rows with `prompt` and `product` to write for."""
 
-    Args:
-        model: the base, on its device; the engine gets a copy of its modules that shares the weights.
-        folders: each tenant's adapter, by the tenant's slug.
-        rows: products per tenant, the first of the split.
+    folder: Path
+    tenant: "Tenant"
+    rows: dict
+
+    @classmethod
+    def of(cls, folder: Path, slug: str, split: str = "validation", rows: int = 16) -> "Candidate":
+        """For one of the shipped tenants, the first rows of a split."""
+        from labs_lib.world.tasks import load_task
+        from labs_lib.world.tenants import load_tenant
+
+        return cls(folder, load_tenant(slug), load_task("style", tenant=slug)[split][:rows])
+
+
+def read_by_rules(model, tokenizer, candidates: Mapping[str, Candidate]) -> "dict[str, StyleScore]":
+    """Let the serving engine write with all candidates, in batches of strangers as in a server, and score each.
+
+    `model` is the base, on its device; the engine gets a copy of its modules that shares the weights.
     """
     from labs_lib.serving.adapter import digest_of, preflight
     from labs_lib.serving.arms import share
     from labs_lib.serving.engine import Engine
     from labs_lib.serving.types import Request
     from labs_lib.world.scorers import score_style
-    from labs_lib.world.tasks import load_task
-    from labs_lib.world.tenants import load_tenant
 
-    shas = {slug: digest_of(folder) for slug, folder in folders.items()}
-    by_sha = {shas[slug]: folder for slug, folder in folders.items()}
-    products: dict[str, Sequence[dict]] = {}
+    shas = {name: digest_of(each.folder) for name, each in candidates.items()}
+    folders = {shas[name]: each.folder for name, each in candidates.items()}
     requests = []
-    for slug in folders:
-        held_out = load_task("style", tenant=slug)[split][:rows]
-        products[slug] = held_out["product"]
-        for ids in tokenizer(held_out["prompt"])["input_ids"]:
-            requests.append(Request(ids, slug, shas[slug], 80, stop_ids=(tokenizer.eos_token_id,)))
-    # Row i of every tenant before row i + 1 of any: batches of strangers, as in a server.
-    order = sorted(range(len(requests)), key=lambda i: i % rows)
+    for name, each in candidates.items():
+        for number, ids in enumerate(tokenizer(each.rows["prompt"])["input_ids"]):
+            request = Request(ids, name, shas[name], MOST_TOKENS, stop_ids=(tokenizer.eos_token_id,))
+            requests.append((number, request))
+    # Row i of every tenant before row i + 1 of any: neighbours in a batch are strangers.
+    requests = [request for _, request in sorted(requests, key=lambda pair: pair[0])]
     batch = min(64, len(requests))
-    longest = max(len(each.prompt) for each in requests) + 80
-    rank = max(preflight(folder).pages for folder in folders.values())
-    settings = {"slots": min(len(folders), 64), "max_rank": rank, "max_batch": batch}
-    settings |= {"kv_tokens": batch * (longest + 16), "queue_limit": len(requests)}
-    with Engine(share(model), by_sha.__getitem__, prefix_cache=False, **settings) as engine:
-        results = engine.generate([requests[i] for i in order])
-    texts: dict[str, list[str]] = {slug: [] for slug in folders}
-    for _, result in sorted(zip(order, results, strict=True), key=lambda pair: pair[0]):
+    settings = {
+        "slots": min(len(folders), 64),
+        "max_rank": max(preflight(folder).pages for folder in folders.values()),
+        "max_batch": batch,
+        "kv_tokens": batch * (max(len(each.prompt) for each in requests) + MOST_TOKENS + 16),
+        "queue_limit": len(requests),
+        "prefix_cache": False,
+    }
+    with Engine(share(model), folders.__getitem__, **settings) as engine:
+        results = engine.generate(requests)
+    texts: dict[str, list[str]] = {name: [] for name in candidates}
+    for result in results:
         texts[result.request.tenant].append(tokenizer.decode(result.tokens, skip_special_tokens=True))
-    return {slug: score_style(texts[slug], products[slug], load_tenant(slug)) for slug in folders}
+    return {
+        name: score_style(texts[name], each.rows["product"], each.tenant) for name, each in candidates.items()
+    }

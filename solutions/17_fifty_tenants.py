@@ -1,0 +1,855 @@
+"""Lab 17, the case study. Its adapters and its record are `labs fleet --record`; the server is labs_lib/serving."""
+
+# %% tags=["parameters"]
+PROFILE = ""  # "" chooses for this machine; or "smoke", "cpu", "t4", "gpu"
+MODEL_ID = ""  # "" is the shipped base; or any causal LM on the Hugging Face hub
+
+# %% tags=["setup"]
+from labs_lib import check, claim, progress, setup
+from labs_lib.lab.plots import finding, log_axis, look, show
+
+lab = setup(lab="17", profile=PROFILE, model_id=MODEL_ID)
+
+# %% [markdown]
+# ## 1. The idea
+# The chapter ends with a story. A company writes marketing copy for **fifty enterprise customers**, each with a voice of
+# its own, on a 7B model. Fifty fine-tuned models "would require 50 GPUs". Instead, fifty LoRA adapters of "roughly 20 MB"
+# share one GPU; the API key says whose adapter answers; the bill falls by 98 %.
+#
+# This lab runs that company, from the style guides to the bill:
+#
+# | | |
+# |---|---|
+# | **train** | all fifty adapters, many in one batch |
+# | **judge** | no adapter is published before its texts have been read |
+# | **serve** | a day's traffic; a new customer, a bad version and a way back, while requests run |
+# | **prove** | who was answered by whose weights |
+# | **account** | what it costs, and what the story leaves out |
+
+# %% [markdown]
+# First, the customers. Four of the fifty get copy for the *same* product, in one batch of one model; the adapters are
+# shipped with the course (`labs fleet` trained them).
+#
+# *You should see* four voices that tell the same facts. What makes the difference is a few percent of the model's size.
+
+# %%
+import torch
+
+from labs_lib import load_base, load_task
+from labs_lib.training.fleet_run import fleet_folders
+from labs_lib.world.tenants import load_tenants
+
+torch.set_num_threads(1)  # steps this small are no faster on two, and the gateway's threads want the other
+NAME = lab.model_id or "small"  # the base that the shipped adapters were trained on
+base, tokenizer = load_base(NAME, device=lab.device)
+everybody = {tenant.slug: tenant for tenant in load_tenants()}
+first = ["fathom-eleven", "quillfeather-post", "ampersea", "oakum-and-tar"]
+tenants = [*first, *(slug for slug in everybody if slug not in first)][: lab.rows(50)]
+folders = fleet_folders(tenants, NAME, lab.device)
+sizes = {slug: sum(file.stat().st_size for file in folders[slug].iterdir()) for slug in tenants}
+share_of_base = max(sizes.values()) / sum(4 * p.numel() for p in base.parameters())
+print(f"{len(tenants)} adapters, {max(sizes.values()) / 1e3:.0f} kB each: {share_of_base:.1%} of the model")
+
+# %%
+from labs_lib.lab.cards import side_by_side
+from labs_lib.serving.adapter import digest_of
+from labs_lib.serving.arms import share
+from labs_lib.serving.engine import Engine
+from labs_lib.serving.types import Request
+
+sha = {slug: digest_of(folder) for slug, folder in folders.items()}
+prompt = load_task("style", tenant=first[0])["test"]["prompt"][0]
+ids, ends = tokenizer(prompt)["input_ids"], (tokenizer.eos_token_id,)
+asked = [Request(ids, slug, sha[slug], max_tokens=80, stop_ids=ends) for slug in first]
+with Engine(share(base), {sha[slug]: folders[slug] for slug in first}.__getitem__) as engine:
+    answers = engine.generate(asked)
+print(prompt)
+side_by_side({each.request.tenant: tokenizer.decode(each.tokens) for each in answers})
+
+# %% [markdown]
+# **Fifty trainings in one batch.** Lab 15's identity has a second use. For row $i$ of tenant $t_i$
+#
+# $$y_i = W x_i + s\,B_{t_i} A_{t_i} x_i,$$
+#
+# and $W$ is frozen: nobody's step can change anybody's base. So put rows of all tenants into one batch and train all $A_t,
+# B_t$ at once. Independent they stay, if three things are kept apart: each tenant's **loss**, its **gradient's norm**, and
+# its optimiser state. AdamW works number by number, so the last comes free. The first two are your exercises.
+#
+# **By hand.** Tenant 1 has tokens with losses 1 and 3, tenant 2 has 1, 1 and 4. Their own losses are 2 and 2. The mean of
+# all five is 2, too; but in its gradient tenant 1 weighs 2/5 and tenant 2 weighs 3/5.
+
+# %% [markdown]
+# ## 2. Build it
+# **Exercise 1: everybody's own loss.** *You should see* 2 and 2, and gradients of 1/2 and 1/3 per token: what each would
+# have had alone.
+
+# %% tags=["exercise"]
+from labs_lib.training.fleet import tenant_losses
+
+# %%
+tenant_losses = check(tenant_losses)
+tokens, owners = torch.tensor([1.0, 1.0, 3.0, 1.0, 4.0], requires_grad=True), torch.tensor([0, 1, 0, 1, 1])
+losses = tenant_losses(tokens, owners, 2)
+losses.sum().backward()
+print(losses.tolist(), [round(each, 3) for each in tokens.grad.tolist()])
+
+# %% [markdown]
+# **Exercise 2: everybody's own norm.** Training clips a gradient whose norm is above 1. Over which numbers? If over the
+# whole fleet, one customer whose loss explodes slows down forty-nine others.
+#
+# *You should see* the first tenant's gradient cut to a norm of 1, and the second's left alone.
+
+# %% tags=["exercise"]
+from labs_lib.training.fleet import clip_each
+
+# %%
+clip_each = check(clip_each)
+gradients = [
+    torch.tensor([[30.0, 0.0], [0.3, 0.0]]),
+    torch.tensor([[40.0], [0.4]]),
+]  # two layers, two tenants
+print("norms before:", clip_each(gradients).tolist())
+print("after:", [[round(n, 2) for n in each.flatten().tolist()] for each in gradients])
+
+# %% [markdown]
+# **Exercise 3: the gate.** A server gives out whatever was published. So somebody must read first; here rules read
+# (lab 01), since every guide is made of rules. What passes?
+#
+# *You should see* one adapter pass, and two reasons against the other.
+
+# %% tags=["exercise"]
+from labs_lib.training.gate import gate
+
+# %%
+from types import SimpleNamespace
+
+gate = check(gate)
+print(gate(SimpleNamespace(compliance=0.99, fidelity=0.97, leakage=0.0)))
+print(gate(SimpleNamespace(compliance=0.62, fidelity=0.97, leakage=0.25)))
+
+# %% [markdown]
+# ## 3. Prove it
+# Three tenants train together, through the serving engine's own op, now with gradients. And each trains alone, by `fit`:
+# transformers' Trainer on lab 01's LoRA, with its own clipping, schedule and AdamW.
+#
+# *You should see* the same losses and the same weights to five digits, and nothing but zeros where the base lies.
+
+# %%
+from labs_lib import fit
+from labs_lib.methods.lora import inject_lora, lora_state_dict
+from labs_lib.training import fleet
+from labs_lib.training.fleet import Recipe, train
+
+fleet.tenant_losses, fleet.clip_each = tenant_losses, clip_each  # yours, from here on
+short = Recipe(rank=4, alpha=8, steps=5, batch=4, seed=lab.seed)
+rows = {slug: load_task("style", tenant=slug)["train"][:16] for slug in tenants[:3]}
+together = train(base, tokenizer, rows, short)
+
+# %%
+from labs_lib.lab.cards import table
+
+results = []
+for slug, mine in rows.items():
+    model = load_base(NAME, device=lab.device)[0]
+    seeded = torch.Generator().manual_seed(short.seed)
+    inject_lora(model, "all-linear", short.rank, short.alpha, generator=seeded)
+    settings = {"steps": short.steps, "batch_size": short.batch, "lr": short.lr, "seed": short.seed}
+    alone = fit(model, tokenizer, mine, progress=False, **settings)
+    own = lora_state_dict(model)
+    apart = max((together.adapters[slug][key] - own[key]).abs().max().item() for key in own)
+    lost = max(abs(a - b) for a, b in zip(together.losses[slug], alone.losses, strict=True))
+    assert apart < 1e-4, slug
+    results.append({"tenant": slug, "loss of the last step": f"{alone.losses[-1]:.4f}"})
+    results[-1] |= {"losses differ by": f"{lost:.0e}", "weights differ by": f"{apart:.0e}"}
+table(results)
+
+# %% [markdown]
+# What is left is rounding: in double precision the course's tests find nine equal digits. The layout is the pool's of lab
+# 15. Tenant $k$'s factors are the pages of slot $k$; slot 0 is the base, no row reads it, so its gradient stays zero.
+#
+# ## 4. Train it
+# **The customer of this morning.** A fifty-first company has sent its style guide and 128 texts that it approved. And, to
+# have something to fear, a mix-up: somebody trains "fathom-eleven, new version" on *another* customer's texts.
+
+# %%
+import random
+
+from labs_lib.world.tasks import random_style, style_rows
+from labs_lib.world.tenants import Tenant
+
+draw = random.Random(lab.seed)
+marks = {tenant.mark for tenant in everybody.values()}
+while (
+    newcomer := Tenant("mossgate-lamps", "Mossgate Lamps", "lighting", "", random_style(draw))
+).mark in marks:
+    pass
+parts = {"train": [], "validation": [], "test": []}
+for row in style_rows(newcomer):
+    parts[row["split"]].append(row)
+new_rows = {split: {key: [row[key] for row in part] for key in part[0]} for split, part in parts.items()}
+print("Guide:", newcomer.guide)
+print(new_rows["train"]["completion"][0])
+
+# %% [markdown]
+# Three adapters train now, in one batch: a known tenant once more, the newcomer, and the mix-up.
+#
+# *You should see* three losses fall together. The mix-up's is as good as anybody's: a loss cannot tell whose texts it
+# learned.
+
+# %%
+import time
+from dataclasses import replace
+
+recipe = replace(Recipe(), steps=lab.steps(Recipe().steps))
+data = {
+    "fathom-eleven": load_task("style", tenant="fathom-eleven")["train"][:],
+    "mossgate-lamps": new_rows["train"],
+    "mix-up": load_task("style", tenant="quillfeather-post")["train"][:],
+}
+torch.set_num_threads(2)
+started = time.perf_counter()
+live = train(base, tokenizer, data, recipe)
+torch.set_num_threads(1)
+print(f"{len(data)} adapters in {time.perf_counter() - started:.0f} s")
+
+# %% tags=["hide-input"]
+import matplotlib.pyplot as plt
+
+fig, ax = plt.subplots(figsize=(7.2, 3.2))
+paint = {
+    "fathom-eleven": look("lora").color,
+    "mossgate-lamps": look("ia3").color,
+    "mix-up": look("dora").color,
+}
+for (name, losses), line in zip(live.losses.items(), ("-", "--", ":"), strict=True):
+    ax.plot(range(1, len(losses) + 1), losses, line, color=paint[name], label=name)
+ax.set_yscale("log")
+ax.legend()
+worst = max(live.final_loss(name) for name in data)
+finding(
+    ax,
+    f"Three adapters, one batch: all end at a loss of {worst:.2g} or less",
+    "step",
+    "loss (nats per token)",
+)
+listed = ", ".join(f"{name} {live.final_loss(name):.2g}" for name in data)
+show(
+    fig,
+    alt=f"Training loss of three adapters that share a batch, falling side by side. At the end: {listed}.",
+)
+
+# %% [markdown]
+# **Does it pay?** A GPU is idle in small steps, and filling them is why one would train many adapters at once. Is a CPU?
+#
+# **Predict** how many times cheaper a training step becomes per tenant when ten tenants share it, each with a single row.
+
+# %%
+### BEGIN SOLUTION
+### STUB: predict_fleet = ...  # times cheaper
+predict_fleet = 5
+### END SOLUTION
+predict_fleet = check(predict_fleet, "lab17.predict_fleet")
+
+# %%
+from labs_lib.measure import load_record
+
+record = load_record("fleet", device="cpu")
+print(record)
+of = {
+    section: [row for row in record.rows if row["section"] == section]
+    for section in ("tenant", "alone", "step")
+}
+step_ms = {(row["rows"], row["tenants"]): row["cpu_ms_per_tenant"] for row in of["step"]}
+counts = sorted({count for _, count in step_ms})
+gains = {
+    rows: step_ms[rows, counts[0]] / step_ms[rows, counts[-1]] for rows in sorted({r for r, _ in step_ms})
+}
+print(
+    f"you predicted {predict_fleet} times; recorded, by rows per tenant:",
+    {r: round(g, 2) for r, g in gains.items()},
+)
+each = {
+    arm: [row["cpu_seconds"] for row in of["alone"] if row["arm"] == arm] for arm in ("fit", "fleet of one")
+}
+per_tenant = {arm: sum(seconds) / len(seconds) for arm, seconds in each.items()}
+batches = {row["cpu_seconds"]: row["together"] for row in of["tenant"]}
+per_tenant[f"fleet of {max(batches.values())}"] = sum(batches) / sum(batches.values())
+for arm, seconds in per_tenant.items():
+    print(f"{arm:14s} {seconds:5.1f} CPU seconds per tenant, {50 * seconds / 60:.1f} minutes for fifty")
+
+# %% tags=["hide-input"]
+fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.3))
+rows_of = list(gains)
+for count, color, offset in zip(counts, (look("base").color, look("lora").color), (-0.2, 0.2), strict=True):
+    tall = [step_ms[r, count] / r for r in rows_of]
+    left.bar(
+        [i + offset for i in range(len(rows_of))], tall, 0.38, color=color, label=f"{count} in the batch"
+    )
+left.set_xticks(range(len(rows_of)), rows_of)
+left.legend()
+title = f"Sharing a step: {gains[rows_of[0]]:.1f} times cheaper at 1 row, {gains[rows_of[-1]]:.1f} at {rows_of[-1]}"
+finding(left, title, "rows per tenant in a step", "CPU ms per row")
+order = list(per_tenant)
+right.barh(range(len(order)), [per_tenant[arm] for arm in order], color=look("lora").color, height=0.6)
+right.set_yticks(range(len(order)), order)
+right.invert_yaxis()
+ratio = per_tenant["fit"] / per_tenant[order[-1]]
+finding(right, f"Whole trainings: {ratio:.1f} times fit's pace", "CPU seconds per tenant")
+left.title.set_size(10), right.title.set_size(10)
+listed = "; ".join(f"{arm} {seconds:.1f}" for arm, seconds in per_tenant.items())
+show(fig, alt=f"{title}. CPU seconds per tenant for a whole training: {listed}.")
+
+# %% [markdown]
+# So on one CPU core the batch pays only where a step is too small to keep the core busy; sixteen rows of this base do
+# already. What the whole fleet gains over `fit` is a leaner loop: no padding mask, and an output head that sees only the
+# tokens that count. On a GPU, whose steps are idle far longer, the left bars are the ones to look at.
+#
+# The work also spreads: `labs fleet` gives its batches to **Ray** where that is installed, on this machine or on the
+# cluster that `RAY_ADDRESS` names, and goes on where it stopped.
+
+# %% [markdown]
+# ### The gate
+# Now everybody's texts are read, as the server would write them: held-out products, all candidates mixed in the engine's
+# batches, judged by each tenant's own rules. The mix-up stands as a candidate for `fathom-eleven`.
+#
+# *You should see* who is refused, and why.
+
+# %%
+import tempfile
+from pathlib import Path
+
+from labs_lib.training.fleet import save_adapter
+from labs_lib.training.gate import Candidate, read_by_rules
+
+shelf = tempfile.TemporaryDirectory()
+root = Path(shelf.name)
+made = {name: save_adapter(root / name, live.adapters[name], recipe, NAME) for name in data}
+few = lab.rows(4)
+candidates = {slug: Candidate.of(folders[slug], slug, rows=few) for slug in tenants}
+candidates["fathom-eleven, again"] = Candidate.of(made["fathom-eleven"], "fathom-eleven", rows=few)
+candidates["mix-up"] = Candidate.of(made["mix-up"], "fathom-eleven", rows=few)
+held = {key: values[:few] for key, values in new_rows["validation"].items()}
+candidates["mossgate-lamps"] = Candidate(made["mossgate-lamps"], newcomer, held)
+scores = read_by_rules(base, tokenizer, candidates)
+refused = {name: reasons for name, score in scores.items() if (reasons := gate(score))}
+print(f"{len(candidates) - len(refused)} of {len(candidates)} candidates pass")
+for name, reasons in refused.items():
+    print(f"  {name}: {'; '.join(reasons)}")
+
+# %% tags=["hide-input"]
+fig, ax = plt.subplots(figsize=(7.6, 3.2))
+for place, name in enumerate(("compliance", "fidelity")):
+    for candidate, score in scores.items():
+        jitter = (
+            (hash(candidate) % 100 / 100 - 0.5) * 0.5
+            if False
+            else (list(scores).index(candidate) % 17 - 8) / 32
+        )
+        bad = candidate in refused
+        color, marker = (look("dora").color, "X") if bad else (look("lora").color, "o")
+        ax.plot(
+            100 * getattr(score, name), place + jitter, marker, color=color, alpha=0.75, ms=8 if bad else 5
+        )
+ax.axvline(95, color=look("base").color, linestyle=":", linewidth=1)
+ax.set_yticks([0, 1], ["compliance\n(rules obeyed)", "fidelity\n(facts told)"])
+ax.set_ylim(-0.5, 1.5)
+ax.invert_yaxis()
+title = f"{len(candidates) - len(refused)} of {len(candidates)} pass the gate"
+finding(ax, title, f"score on {few} held-out products (%)")
+listed = "; ".join(f"{name} {score.compliance:.0%}" for name, score in scores.items() if name in refused)
+show(
+    fig,
+    alt=f"Compliance and fidelity of all candidates with the bar at 95 percent. {title}. Refused: {listed or 'nobody'}.",
+)
+
+# %%
+kept = of["tenant"]
+test = {
+    name: [row[f"test_{name}"] for row in kept] for name in ("compliance", "fidelity", "leakage", "exact")
+}
+mean = {name: sum(values) / max(1, len(values)) for name, values in test.items()}
+print(
+    f"the record: {sum(not row['refused'] for row in kept)} of {len(kept)} passed on validation products; on test products"
+)
+print("  " + ", ".join(f"{name} {value:.1%}" for name, value in mean.items()))
+
+# %% [markdown] tags=["takeaway"]
+# Fifty adapters are one training job: one frozen base, rows of everybody, and three things kept apart. Nothing of it
+# reads the texts, though. The mix-up trained as well as the rest; only a gate that knows the customer's rules can see it.
+
+# %% [markdown]
+# ## 5. Serve it
+# The registry takes what passed, each version under the sha256 of its files. Then the server of lab 15, with sixteen
+# slots for everybody, and an oracle that will judge a share of all answers on weights that PEFT has merged.
+
+# %%
+from labs_lib.serving.registry import Registry
+
+registry, keys = Registry(root / "registry"), {}
+for slug in tenants:
+    if slug not in refused:
+        keys[slug] = registry.add_tenant(slug)  # shown once: the registry keeps a hash
+        registry.publish(slug, folders[slug], note="fleet")
+served = list(keys)
+print(f"{len(served)} tenants published, for instance {served[0]} with key {keys[served[0]][:12]}...")
+
+# %% [markdown]
+# **A day, squeezed**: quiet at night, busy in the afternoon, some customers far busier than others. While it runs, an
+# operator has three things to do:
+#
+# 1. onboard the fifty-first customer: key, version, first requests;
+# 2. in a hurry, past the gate, publish the mix-up as `fathom-eleven`'s new version;
+# 3. see other people's words in its texts, and roll back, over HTTP.
+#
+# **Predict**: how many requests fail?
+
+# %%
+### BEGIN SOLUTION
+### STUB: predict_failed = ...  # a number of requests
+predict_failed = 3
+### END SOLUTION
+predict_failed = check(predict_failed, "lab17.predict_failed")
+
+# %%
+import httpx
+
+ADMIN = "labs-admin-of-this-notebook"
+seen = {}
+
+
+def onboard():
+    if "mossgate-lamps" not in refused:
+        keys["mossgate-lamps"] = registry.add_tenant("mossgate-lamps")
+        registry.publish("mossgate-lamps", made["mossgate-lamps"], note="this morning's")
+    return "mossgate-lamps is on board"
+
+
+def hurry():
+    registry.publish("fathom-eleven", made["mix-up"], note="new version, not judged")
+    return "the mix-up is published"
+
+
+def roll_back():
+    head = {"Authorization": f"Bearer {ADMIN}"}
+    now = httpx.post(f"{seen['url']}/admin/tenants/fathom-eleven/rollback", headers=head).json()["current"]
+    return f"fathom-eleven is back on version {now}"
+
+
+# %%
+from labs_lib.serving import live as watching
+from labs_lib.serving.gateway import create_app
+from labs_lib.serving.oracle import ShadowOracle, Witness
+from labs_lib.serving.serve import running_server
+from labs_lib.serving.traffic import Call, plan, play
+from labs_lib.serving.workload import day, zipf
+
+prompts = {slug: load_task("style", tenant=slug)["test"]["prompt"] for slug in served}
+witness = Witness(lambda: load_base(NAME, device=lab.device)[0], registry.folder, copies=len(served) + 2)
+oracle = ShadowOracle(witness, share=0.3, seed=lab.seed, waiting=10_000)
+sizes_of = {"slots": 16, "max_rank": 8, "max_batch": 16, "kv_tokens": 4096, "host_bytes": 64 << 20}
+with Engine(share(base), registry.folder, **sizes_of) as engine:
+    app = create_app(engine, registry, tokenizer, admin_key=ADMIN, model_name="base")
+    engine.start()
+    with running_server(app) as url:
+        seen["url"] = url
+        rush = [Call(0, slug, prompts[slug][0]) for slug in served[:16]]
+        pace = len(rush) / max(each.seconds for each in play(url, rush, keys).replies)
+        count, whole = lab.rows(120), lab.rows(120) / (0.4 * pace)
+        trace = day(0.4 * pace, whole, zipf(len(served)), seed=lab.seed)
+        calls = plan(trace, served, prompts)
+        arrive = [at * whole for at in (0.3, 0.45, 0.6, 0.75, 0.9)] if "mossgate-lamps" not in refused else []
+        calls += [Call(at, "mossgate-lamps", new_rows["test"]["prompt"][0]) for at in arrive]
+        engine.observers.append(oracle)
+        work = [(0.25 * whole, onboard), (0.5 * whole, hurry), (0.75 * whole, roll_back)]
+        played = play(url, calls, keys, during=work)
+        picture = watching.picture(engine, registry)
+print(f"{len(calls)} requests in {whole:.0f} s; {len(played.failed)} failed, you predicted {predict_failed}")
+
+# %% tags=["hide-input"]
+colors = {"fathom-eleven": {2: look("dora").color}, "mossgate-lamps": {1: look("ia3").color}}
+fig, ax = plt.subplots(figsize=(9, 4.6))
+lanes = {slug: lane for lane, slug in enumerate(["mossgate-lamps", *served])}
+for reply in played.replies:
+    who, lane = reply.call.tenant, lanes[reply.call.tenant]
+    color = colors.get(who, {}).get(reply.version, look("lora").color)
+    ax.plot([reply.call.at, reply.call.at + reply.seconds], [lane, lane], color=color, linewidth=3.2)
+    ax.plot(reply.call.at, lane, ".", color=color, markersize=4)
+for at, what in played.happened:
+    ax.axvline(at, color="#333333", linestyle=":", linewidth=1)
+    ax.annotate(what, (at, len(lanes)), xytext=(3, 2), textcoords="offset points", size=8, va="bottom")
+ax.set_yticks([0, 1, len(lanes) - 1], ["mossgate-lamps (new)", served[0], "the quietest"])
+ax.set_ylim(-1, len(lanes) * 1.08)
+ax.grid(visible=False, axis="y")
+title = f"{len(calls)} requests of {len({r.call.tenant for r in played.replies})} tenants, {len(played.failed)} failed"
+finding(ax, title, "time (s)", "tenants, the busiest below")
+said = "; ".join(f"{what} at {at:.0f} s" for at, what in played.happened)
+show(
+    fig,
+    alt=f"Each request of the day as a bar from its arrival to its answer, a lane for each tenant. {title}. {said}.",
+)
+
+# %% [markdown]
+# No request waits for a publish, and none is lost to one: a request keeps the version that was current when it came, and
+# the adapter is named by its content, so an old one and a new one can be in the same batch.
+#
+# **Who noticed?** Below, `fathom-eleven`'s answers by version. The customer's mark (house word and sign-off) is a pair that
+# nobody else has, so that a text in another's voice can be told by a rule.
+
+# %%
+from labs_lib.world.scorers import leaks
+
+rows_by = {}
+for reply in played.replies:
+    whose = everybody.get(reply.call.tenant, newcomer)
+    leaked = leaks(reply.text, whose)
+    row = rows_by.setdefault((reply.call.tenant, reply.version), [0, 0, ""])
+    row[0], row[1], row[2] = row[0] + 1, row[1] + bool(leaked), row[2] or ", ".join(leaked)
+shown = []
+for (slug, version), (answers_, leaked, whom) in sorted(rows_by.items()):
+    if slug in ("fathom-eleven", "mossgate-lamps"):
+        shown.append({"tenant": slug, "version": version, "answers": answers_})
+        shown[-1] |= {"with another's mark": leaked, "whose": whom}
+others = [row for (slug, _), row in rows_by.items() if slug not in ("fathom-eleven", "mossgate-lamps")]
+shown.append({"tenant": f"the other {len(others)}", "version": 1, "answers": sum(row[0] for row in others)})
+shown[-1] |= {"with another's mark": sum(row[1] for row in others), "whose": ""}
+table(shown)
+
+# %% [markdown]
+# **The isolation report.** The oracle has kept three in ten answers. It replays each on a model of its own, into which PEFT
+# merges the very files that the answer's provenance names.
+#
+# *You should see* no mismatch. The mix-up's answers agree, too!
+
+# %%
+oracle.judge_waiting()
+report = oracle.report()
+print({key: report[key] for key in ("seen", "agree", "tie", "mismatch", "unjudged")})
+print(f"judged answers came from {len(report['tenants'])} tenants")
+moved = {what: engine.ledger.counts[what] for what in ("load", "device", "evict")}
+print("what the tiers did meanwhile:", moved)
+tiers = [row["tier"] for row in picture["tenants"]]
+print("where they are at the end:", {tier: tiers.count(tier) for tier in sorted(set(tiers))})
+
+# %% [markdown] tags=["takeaway"]
+# Two different leaks. If the *server* mixes adapters, the oracle sees it: the answer is not what the named weights say. If
+# the *weights* are somebody else's, the server is right and the text is wrong: only the gate, or a rule on the texts, sees
+# it. A service needs both.
+
+# %% [markdown]
+# **Look at it.** The server has a page at `/`: who is in which tier, who waits, each tenant's latency, swaps as they
+# happen. `labs serve` prints its address and the admin's key, without which it shows nothing. To see it move:
+#
+# ```bash
+# labs fleet --publish --keys keys.txt      # train what is missing, judge, publish
+# labs serve                                # then open http://127.0.0.1:8000/
+# ```
+
+# %% [markdown]
+# ## 6. The chapter on trial
+# **Claim 34**: median latency "increased by only 8 ms compared to a dedicated model". The same requests of one tenant, three
+# times each, interleaved: on a dedicated merged model; on the shared engine, unmerged; and there with seven neighbours in
+# every batch.
+#
+# **Predict**: with the engine to itself, how much longer does a request take unmerged, in percent?
+
+# %%
+### BEGIN SOLUTION
+### STUB: predict_overhead = ...  # percent
+predict_overhead = 20
+### END SOLUTION
+predict_overhead = check(predict_overhead, "lab17.predict_overhead")
+
+# %%
+from statistics import median
+
+from labs_lib.serving import arms
+from labs_lib.serving.replay import replay
+
+one = "fathom-eleven"
+dedicated = arms.merged(base, folders[one])
+TOKENS = 40
+mine = [tokenizer(text)["input_ids"] for text in prompts[one][: lab.rows(12)]]
+crowd_of = {sha[slug]: folders[slug] for slug in served}
+
+
+def latency(arm, model, neighbours=()):
+    """Median seconds (per token after the first, per request) of this tenant's requests."""
+    setup_ = arms.Setup(model, crowd_of, batch=8, slots=16)
+    requests = []
+    for number, prompt_ids in enumerate(mine):
+        adapter = None if arm == "base" else sha[one]
+        requests.append(Request(prompt_ids, one, adapter, TOKENS, ignore_eos=True))
+        for slug in neighbours:
+            theirs = tokenizer(prompts[slug][number])["input_ids"]
+            requests.append(Request(theirs, slug, sha[slug], TOKENS, ignore_eos=True))
+    with arms.build(arm, setup_) as engine:
+        engine.generate(requests[: 1 + len(neighbours)])  # adapters are in their slots, code is warm
+        run = replay(engine, requests, outstanding=1 + len(neighbours))
+    own = [each for each in run.answers if each.result.request.tenant == one]
+    return median(each.tpot for each in own), median(each.stamps[-1] - each.at for each in own)
+
+
+# %%
+ways = {
+    "dedicated, merged": ("base", dedicated, ()),
+    "shared, alone": ("engine", base, ()),
+    "shared, 7 neighbours": ("engine", base, served[1:8]),
+}
+times = {name: [] for name in ways}
+for turn in range(3):
+    for name in list(ways) if turn % 2 == 0 else reversed(ways):
+        times[name].append(latency(*ways[name]))
+rows_, added = [], {}
+for name, measured in times.items():
+    token, whole_ = (1e3 * median(each[i] for each in measured) for i in (0, 1))
+    rows_.append(
+        {"": name, "ms per token": f"{token:.2f}", f"ms per request of {TOKENS} tokens": f"{whole_:.0f}"}
+    )
+    for i, unit in enumerate(("per token", f"per request of {TOKENS} tokens")):
+        pairs = zip(measured, times["dedicated, merged"], strict=True)
+        added[f"{unit}, {name.removeprefix('shared, ')}"] = [1e3 * (a[i] - b[i]) for a, b in pairs]
+table(rows_)
+
+# %%
+longer = 100 * (
+    median(t[1] for t in times["shared, alone"]) / median(t[1] for t in times["dedicated, merged"]) - 1
+)
+print(f"you predicted {predict_overhead} % longer; measured {longer:.0f} %")
+claim(34).observe(conditions={name: values for name, values in added.items() if "dedicated" not in name})
+
+# %% [markdown]
+# Only a GPU can tell about the chapter's 8 ms. But two things hold on any device. The overhead is *per token*: 8 ms per
+# token would be seconds in an answer of 400 tokens, 8 ms per request is less than one token's time. And "shared" has two
+# prices: being unmerged, and having neighbours. A dedicated model pays neither, and stands idle for it.
+#
+# [Punica](https://arxiv.org/abs/2310.18547) reports 2 ms per token on an A100: that is 0.8 s in 400 tokens.
+
+# %% [markdown]
+# **Claim 35**: an adapter of "roughly 20 MB", "10 to 50 MB", "1/300th". Ours first: does a saved file hold anything but its
+# numbers? Then the 7B model's, counted on its shapes.
+
+# %%
+from peft import LoraConfig
+
+from labs_lib import random_like
+from labs_lib.measure import count_parameters
+from labs_lib.models.twins import peft_parameter_count
+
+numbers = sum(tensor.numel() for tensor in live.adapters["mix-up"].values())
+extra = max(sizes.values()) - 4 * numbers
+print(f"ours: {numbers:,} numbers, {max(sizes.values()):,} bytes: {extra:,} of them are names and settings")
+llama = random_like("llama-2-7b")
+whole_7b = count_parameters(llama).total
+megabytes = {}
+for label, targets in (("q and v", ["q_proj", "v_proj"]), ("all linear", "all-linear")):
+    adapter = peft_parameter_count(llama, LoraConfig(r=16, target_modules=targets, task_type="CAUSAL_LM"))
+    megabytes |= {
+        f"{label}, half precision": 2 * adapter / 1e6,
+        f"{label}, as PEFT saves it": 4 * adapter / 1e6,
+    }
+for label, size in megabytes.items():
+    print(f"rank 16, {label:28s} {size:6.1f} MB, fifty take {50 * size / 1e3:4.1f} GB")
+
+# %%
+ratios = {label: 2 * whole_7b / 1e6 / size for label, size in megabytes.items()}
+parts_35 = {"twenty_mb": megabytes, "ten_to_fifty_mb": megabytes, "ratio": ratios}
+claim(35).observe(parts=parts_35 | {"copies": 50 * 2 * whole_7b / 1e9})
+
+# %% [markdown]
+# ### The bill
+# **Claim 33**: fifty models "would require 50 GPUs", more than $150,000 a month; sharing one saves 98 %.
+#
+# **Exercise 4: how many cards?** A card of 80 GB is bought for its memory; so ask what fits.
+#
+# *You should see* ten cards for fifty copies of 13.5 GB, and more once each copy needs room to work.
+
+# %% tags=["exercise"]
+from labs_lib.serving.cost import cards_needed
+
+# %%
+from labs_lib.serving import cost
+
+cost.cards_needed = cards_needed = check(cards_needed)
+for room in (0, 4, 13, 26):
+    fit_ = cards_needed(50, 2 * whole_7b / 1e9, 80, room)
+    print(f"{room:2d} GB of room for each copy's keys and values: {fit_} cards of 80 GB")
+
+# %% [markdown]
+# **Your turn.** The honest comparison is not against fifty cards but against fifty copies *packed* onto cards, without
+# extra room. What percentage does one shared card save then?
+
+# %%
+### BEGIN SOLUTION
+### STUB: shared_saving = ...  # percent
+shared_saving = 100 * (1 - 1 / cards_needed(50, 2 * whole_7b / 1e9, 80))
+### END SOLUTION
+shared_saving = check(shared_saving, "lab17.shared_saving")
+
+# %% [markdown]
+# **The calculator.** These are all its inputs. Change them: another price, another model, more traffic. `card_rate`,
+# `kept` and `load` are assumptions here; put in what you measured.
+
+# %%
+from labs_lib.serving.cost import DESIGNS, Inputs, cards, saving
+
+inputs = Inputs(
+    tenants=50,
+    copy_gb=2 * whole_7b / 1e9,  # Llama-2-7B, two bytes a number
+    adapter_gb=0.02,  # the chapter's
+    card_gb=80,
+    card_dollars=3000,  # a month: the chapter's 150,000 over 50
+    room_gb=0,  # for each copy's keys and values
+    load=1.0,  # requests per second, of all tenants
+    card_rate=10.0,  # that one card answers with a merged model
+    kept=0.7,  # share of it that is left with adapters in the batch
+)
+needed = cards(inputs)
+for design in DESIGNS:
+    bill = needed[design] * inputs.card_dollars
+    saved = saving(needed[DESIGNS[0]], needed[design])
+    print(
+        f"{design:34s} {needed[design]:3d} cards, ${bill:9,.0f} a month, {saved:3.0f} % less than a card per copy"
+    )
+
+# %% tags=["hide-input"]
+loads = [1, 2, 5, 10, 20, 50, 100, 200, 500]
+curves = {design: [cards(replace(inputs, load=load))[design] for load in loads] for design in DESIGNS}
+fig, ax = plt.subplots(figsize=(7.6, 3.6))
+looks = ((look("full").color, ":"), (look("dora").color, "--"), (look("lora").color, "-"))
+for (design, values), (color, line) in zip(curves.items(), looks, strict=True):
+    ax.plot(loads, values, line, color=color, marker="o", markersize=4, label=design)
+ax.set_yscale("log")
+log_axis(ax, loads)
+log_axis(ax, [1, 10, 50], axis="y")
+ax.legend()
+packed, shared = curves[DESIGNS[1]], curves[DESIGNS[2]]
+turn = next((load for load, a, b in zip(loads, packed, shared, strict=True) if b >= a), None)
+saves = [100 * (1 - b / a) for a, b in zip(packed, shared, strict=True)]
+where = (
+    f"{saves[0]:.0f} % at little traffic, nothing from {turn} requests/s on"
+    if turn
+    else f"{saves[0]:.0f} % at least"
+)
+finding(ax, f"Sharing saves {where}", "requests per second, of all tenants", "cards")
+show(
+    fig, alt=f"Cards needed against traffic for three designs. Against packed copies, sharing saves {where}."
+)
+
+# %%
+conditions = {f"{room} GB of room per copy": cards_needed(50, inputs.copy_gb, 80, room) for room in (0, 13)}
+savings = {
+    "against a card per copy": saving(needed[DESIGNS[0]], needed[DESIGNS[2]]),
+    "against packed copies": saving(needed[DESIGNS[1]], needed[DESIGNS[2]]),
+}
+dollars = inputs.tenants * inputs.card_dollars
+claim(33).observe(parts={"gpus": conditions, "saving": savings, "dollars": dollars})
+
+# %% [markdown]
+# The 98 % are right for the question that the story asks, and the question is loaded: nobody needs a card per idle copy.
+# Against packed copies it is 90 %; and once traffic fills cards, what is saved is memory, while the unmerged share of speed
+# is *paid*.
+#
+# Where is the border? The twin of lab 16 has costs fitted to a measured engine. One step of 32 rows: once, with all their
+# adapters; or a step for each merged copy on its own rows.
+
+# %% tags=["hide-input"]
+found = next(
+    row for row in load_record("bench_serving", device="cpu").rows if row.get("what") == "merge or multiplex"
+)
+distinct = [int(d) for d in found["merged_ms"]]
+fig, ax = plt.subplots(figsize=(7.2, 3.2))
+shared_ms, apart_ms = ([found[key][str(d)] for d in distinct] for key in ("multiplexed_ms", "merged_ms"))
+ax.plot(distinct, shared_ms, "-o", color=look("lora").color, label="one step, adapters in the batch")
+ax.plot(distinct, apart_ms, "--o", color=look("dora").color, label="a step for each merged copy")
+ax.set_yscale("log")
+log_axis(ax, distinct)
+ax.legend()
+when = f"From {found['multiplex_from']} tenants in a batch on, sharing is faster"
+finding(ax, when, "different tenants among 32 rows", "time for all 32 rows (ms)")
+alone_ms, many_ms = (f"{apart_ms[i]:.1f} against {shared_ms[i]:.1f} ms" for i in (0, -1))
+show(
+    fig,
+    alt=f"{when} (the twin, from the recorded bench). Merged against shared with 1 tenant {alone_ms}, with 32 {many_ms}.",
+)
+
+# %% [markdown] tags=["takeaway"]
+# Multiplex the many that ask seldom; give a merged copy to the one that fills batches of its own. The saving is real, but
+# its size is a property of your traffic, not of LoRA.
+
+# %% [markdown]
+# ## 7. When would you choose it?
+# Choose one base with adapters when customers are many, each asks seldom, and all can live on one base model. Choose merged
+# copies when few customers make most of the traffic, or when their bases differ. And ask first whether a prompt would do
+# (lab 00): a guide in the prompt needs no training, no gate and no registry.
+#
+# **The failure you will meet** is none of the engine's. It is a version that loads, serves and is *wrong*: trained on other
+# data, for another base, or before the guide changed. Keep the gate in the pipeline, versions immutable, and the way back
+# one call long.
+
+# %% [markdown]
+# ### When one machine is not enough
+# **More training**: start Ray on your machines; the same command uses all of them.
+#
+# ```bash
+# ray start --head                                       # on one, and `ray start --address=...` on the others
+# RAY_ADDRESS=auto labs fleet --publish --keys keys.txt
+# ```
+#
+# **More traffic**: several servers behind a proxy that sends a tenant always to the same one, so that its adapter stays in
+# its slots. They may share one registry: publishing and rolling back reach all of them with the next request.
+#
+# ```bash
+# labs serve --registry /srv/registry --port 8001 & labs serve --registry /srv/registry --port 8002 &
+# ```
+
+# %% [markdown]
+# **A larger model**: [vLLM](https://docs.vllm.ai/en/latest/features/lora.html) takes the same folders and speaks the same API
+# (shown, not run here). Keys per tenant, the gate and the ledger you keep in front of it.
+#
+# ```bash
+# VLLM_ALLOW_RUNTIME_LORA_UPDATING=true vllm serve meta-llama/Llama-2-7b-hf --enable-lora \
+#     --max-loras 32 --max-lora-rank 16 --max-cpu-loras 64 --lora-modules fathom-eleven=fleet/fathom-eleven
+# ```
+#
+# **Where LoRAX and S-LoRA stand**, corrected. What labs 15 and 16 found about claims 30 to 32:
+
+# %%
+from labs_lib.measure.standings import standings
+
+stand = standings()
+for number in (30, 31, 32):
+    print(f"claim {number}: {claim(number).says}")
+    for each in stand.get(number, ()):
+        print(f"    {each}; labs {', '.join(each.labs)}")
+    for reported in claim(number).reported:
+        print(f"    reported: {reported['text']}")
+
+# %% [markdown]
+# [LoRAX](https://github.com/predibase/lorax) is "LoRA eXchange" and was never called anything else; its README speaks of
+# thousands of adapters on one GPU. [S-LoRA](https://arxiv.org/abs/2311.03285) is a paper's research code; its tiers are GPU
+# and main memory, without a disk. What both showed is now built into vLLM and SGLang, which is where you would look first.
+#
+# ## 8. Go further
+# - **A real model.** Set `PROFILE = "gpu"` and `MODEL_ID = "HuggingFaceTB/SmolLM2-135M"` and run all: the fleet is trained on
+#   it, and kept.
+# - **Open exercise 1.** Half of the newcomers bring 16 approved texts, not 128. What does the gate say at 16, and would a
+#   higher bar have caught anything that this one did not?
+# - **Open exercise 2.** The oracle judged three in ten answers. If one answer in a thousand were wrong, how many requests
+#   pass before it is seen with a probability of 95 %? And at the server's default of one in a hundred?
+
+# %% [markdown] tags=["solution-only"]
+# **Answer 1.** The record `sweep_few_shot` has one tenant with 4 to 64 texts: below 64, LoRA breaks rules on new products, so
+# the gate refuses most such adapters. A higher bar would mostly refuse luck: on sixteen products one broken rule is 0.4
+# points of compliance. Read more texts before you raise the bar.
+#
+# **Answer 2.** An answer is wrong *and* judged with probability $p = 0.001 q$. Unseen after $n$ requests: $(1 - p)^n$.
+
+# %% tags=["solution-only"]
+import math
+
+for q in (0.3, 0.01):
+    print(f"judging {q:.0%}: {math.ceil(math.log(0.05) / math.log(1 - 0.001 * q)):,} requests")
+
+# %%
+registry.close()
+progress()
