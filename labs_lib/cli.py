@@ -30,6 +30,10 @@ COMMANDS = {
         "labs_lib.training.composition",
         "put two trained adapters together in every way; resumes where it stopped",
     ),
+    "mix": (
+        "labs_lib.training.mixtures",
+        "two adapters, requests that need both: mixtures, merges; resumes where it stopped",
+    ),
     "pretrain": (
         "labs_lib.models.pretrain",
         "pretrain a member of the base family; resumes where it stopped",

@@ -11,7 +11,6 @@ from labs_lib.errors import LabsError
 MANIFEST = Path(__file__).with_name("manifest.yaml")
 MACHINES = {"cpu": "2 CPU cores", "t4": "T4", "h100": "H100"}
 CLONE = "peft-labs"  # the folder that a notebook clones into
-BEGIN, END = "<!-- index:begin -->", "<!-- index:end -->"
 
 
 @dataclass(frozen=True)
@@ -126,6 +125,11 @@ class Manifest:
 
     # --- index
 
+    def link(self, number: str, folder: str = "") -> str:
+        """A short Markdown link to a lab by its number; the bare number if there is no such lab."""
+        entry = next((entry for entry in self.labs if entry.number == number), None)
+        return f"[{number}]({folder}{entry.stem}.ipynb)" if entry else number
+
     def index(self, folder: str = "notebooks/") -> str:
         """The table of all labs; `folder` leads from the page to the notebooks."""
         head = f"| Lab | Question | Minutes on {' / '.join(MACHINES.values())} |\n| :-- | :-- | :-- |\n"
@@ -133,16 +137,6 @@ class Manifest:
             f"| [{entry.number} {entry.title}]({folder}{entry.stem}.ipynb) | {entry.question} | {entry.times} |"
             for entry in self.labs
         )
-
-    def with_index(self, page: str, name: str) -> str:
-        """`page` with the table between its index markers."""
-        before, begin, rest = page.partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not (begin and end):
-            raise LabsError(
-                f"{name} needs a line {BEGIN} and, after it, a line {END}: the table of labs goes between."
-            )
-        return f"{before}{BEGIN}\n{self.index()}\n{END}{after}"
 
     def notebooks_page(self) -> str:
         """The whole of notebooks/README.md."""

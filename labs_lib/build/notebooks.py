@@ -18,6 +18,7 @@ from typing import Any
 
 from labs_lib.build import lint
 from labs_lib.build.manifest import MANIFEST, Entry, Manifest, load_manifest
+from labs_lib.build.pages import pages
 from labs_lib.build.source import SOLUTION, STUDENT, Cell, Problem, Source, code_hash, read_source
 from labs_lib.build.work import cells_stamp, is_copy, keep_copy, outputs_stamp, own_work
 from labs_lib.errors import LabsError
@@ -191,7 +192,7 @@ def clean_outputs(outputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def build(
     course: Course, entries: Sequence[Entry], execute: bool = False, fresh: bool = False
 ) -> list[Problem]:
-    """Write the notebooks of `entries`, and the index pages; a lab with a mistake is not written.
+    """Write the notebooks of `entries`, and the generated pages; a lab with a mistake is not written.
 
     Args:
         execute: run each solution (cpu profile, strict) and store its outputs.
@@ -204,7 +205,7 @@ def build(
             problems += built.problems or _write(course, entry, built, {STUDENT: fresh, SOLUTION: execute})
         except LabsError as error:
             problems.append(Problem(course.name(course.source_path(entry)), str(error)))
-    for path, text in _pages(course, problems).items():
+    for path, text in pages(course.root, course.manifest, problems).items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return problems
@@ -298,10 +299,10 @@ def check(course: Course, entries: Sequence[Entry], strict: bool = False) -> lis
         for kind in (STUDENT, SOLUTION):
             problems += _compare(course, entry, kind, built.notebooks[kind], strict)
     problems += _strays(course, strict)
-    for path, text in _pages(course, problems).items():
+    for path, text in pages(course.root, course.manifest, problems).items():
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             problems.append(
-                Problem(course.name(path), "the index is not what the manifest says: run `labs build`")
+                Problem(course.name(path), "is not what the manifest and the records say: run `labs build`")
             )
     return problems
 
@@ -369,18 +370,6 @@ def _strays(course: Course, strict: bool) -> list[Problem]:
                 note = kind == STUDENT and not strict
                 problems.append(Problem(course.name(path), "the manifest lists no such lab", note=note))
     return problems
-
-
-def _pages(course: Course, problems: list[Problem]) -> dict[Path, str]:
-    """The pages that carry the index, with their text; a README without its markers is a problem."""
-    pages = {course.root / "notebooks" / "README.md": course.manifest.notebooks_page()}
-    readme = course.root / "README.md"
-    if readme.is_file():
-        try:
-            pages[readme] = course.manifest.with_index(readme.read_text(encoding="utf-8"), readme.name)
-        except LabsError as error:
-            problems.append(Problem(readme.name, str(error)))
-    return pages
 
 
 # --- command

@@ -30,7 +30,7 @@ def page(notebook: Path, target: Path, title: str) -> None:
     content = read_notebook(notebook)
     for cell in content.cells:
         if cell.cell_type == "code":
-            cell.outputs = [nbformat.from_dict(output) for output in _with_alt(clean_outputs(cell.outputs))]
+            cell.outputs = [nbformat.from_dict(output) for output in with_alt(clean_outputs(cell.outputs))]
         else:  # a link to another lab leads to its page
             cell.source = cell.source.replace(".ipynb)", ".html)").replace("(README.md)", "(index.html)")
     content.metadata["title"] = title
@@ -39,7 +39,7 @@ def page(notebook: Path, target: Path, title: str) -> None:
     target.write_text(body, encoding="utf-8")
 
 
-def _with_alt(outputs: list[dict]) -> Iterator[dict]:
+def with_alt(outputs: list[dict]) -> Iterator[dict]:
     """nbconvert shows no alt text of a PNG: put the image in as the HTML it would have made, with its alt text.
 
     The line for screen readers that `show` puts after a figure would then be read twice, and is left out.

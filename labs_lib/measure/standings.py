@@ -6,19 +6,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from labs_lib.measure import records
-from labs_lib.measure.claims import Claim, claim, register
+from labs_lib.measure.claims import Claim, Part, claim, register
 from labs_lib.measure.rules import UNKNOWN, VERDICTS, combine, measured
 from labs_lib.measure.verdicts import as_cited
 
 
 @dataclass(frozen=True)
 class Standing:
-    """One claim on one device: the rows of the newest run of each lab that measured it."""
+    """One claim on one device: the rows of the newest run of each lab that measured it, and those labs' numbers."""
 
     claim: Claim
     device: str
     date: str
     rows: list[dict[str, Any]]
+    labs: tuple[str, ...]
 
     @property
     def verdict(self) -> str:
@@ -48,8 +49,10 @@ def standings(mine: bool = False) -> dict[int, list[Standing]]:
 
     rows: dict[tuple[int, str], dict[tuple, dict]] = {}
     dates: dict[tuple[int, str], str] = {}
+    labs: dict[tuple[int, str], set[str]] = {}
     for (id_, part, device, lab), run in newest.items():
         slot = rows.setdefault((id_, device), {})
+        labs.setdefault((id_, device), set()).add(lab.removeprefix("claims_lab"))
         for record in run:
             for row in record.rows:
                 if (row["claim"], row["part"]) == (id_, part):
@@ -58,7 +61,8 @@ def standings(mine: bool = False) -> dict[int, list[Standing]]:
 
     found: dict[int, list[Standing]] = {}
     for id_, device in sorted(rows, key=lambda key: (key[0], key[1] != "cpu", key[1])):
-        each = Standing(claim(id_), device, dates[id_, device], list(rows[id_, device].values()))
+        key = (id_, device)
+        each = Standing(claim(id_), device, dates[key], list(rows[key].values()), tuple(sorted(labs[key])))
         found.setdefault(id_, []).append(each)
     return found
 
@@ -115,6 +119,11 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def in_words(row: dict, part: Part | None) -> str:
+    """A recorded measurement with its interval and unit; yes or no where the rule asks for that."""
+    return measured(_value(row), _interval(row), row["unit"], part is not None and part.rule.boolean)
+
+
 def in_full(each: Claim, stands: list[Standing]) -> str:
     """Everything the register and the records know of one claim."""
     lines = [f'Claim {each.id}, {each.where}: "{each.quote}"', f"  says     {each.says}"]
@@ -129,7 +138,6 @@ def in_full(each: Claim, stands: list[Standing]) -> str:
         lines.append(f"  {standing} ({standing.date[:10]})")
         for row in standing.rows:
             part = each.parts.get(row["part"])
-            text = measured(_value(row), _interval(row), row["unit"], part is not None and part.rule.boolean)
             label = ", ".join(filter(None, (row["part"].replace("_", " "), row["condition"])))
-            lines.append(f"    {label or 'measured'}: {text}, {row['verdict']}")
+            lines.append(f"    {label or 'measured'}: {in_words(row, part)}, {row['verdict']}")
     return "\n".join(lines if stands else [*lines, "  not measured yet"])

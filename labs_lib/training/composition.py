@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-SEEDS, ROWS = 4, 48  # rows of copy that are scored
+SEEDS, ROWS = 3, 48  # rows of copy that are scored
 FACTS, FACT_STEPS = 160, 150
 PRACTICE_STEPS = 60  # of what trains while composing
 UNITS, RANK = 18, 2  # about 19,000 numbers each
@@ -44,13 +44,13 @@ TWICE = {  # one adapter as large as two
     "adapter": replace(ARMS["adapter"], options={"placement": "pfeiffer", "bottleneck": 2 * UNITS}),
     "lora": replace(ARMS["lora"], rank=2 * RANK, alpha=4 * RANK),
 }
-RATES = {  # way that trains -> the rates it tries; two more, one by one, where the best is at the edge
+RATES = {  # way that trains -> the rates it tries; one more where the best is at the edge
     "weights": (1e-2, 3e-2, 1e-1),
     "fusion": (1e-3, 3e-3, 1e-2),
     "fresh": (3e-3, 1e-2, 3e-2),
     "one": (3e-3, 1e-2, 3e-2),
 }
-WIDEN = 2
+WIDEN = 1
 SKILLS = ("first", "second")
 WAYS = {
     "adapter": (
@@ -184,8 +184,18 @@ def copy_scores(model, tokenizer, rows) -> dict[str, float]:
     }
 
 
-def train(model, tokenizer, streams: tuple[Stream, ...], steps: int, lr: float, seed: int) -> None:
+def train(
+    model,
+    tokenizer,
+    streams: tuple[Stream, ...],
+    steps: int,
+    lr: float,
+    seed: int,
+    penalty: "Callable[[], torch.Tensor] | None" = None,
+) -> None:
     """Train on a batch of every stream in each step, their losses added; AdamW and the schedule of `fit`.
+
+    `penalty` is asked after each forward pass for something to add to its loss.
 
     `fit` draws one batch from one heap; here a step of few long texts and many short ones costs what it must.
     """
@@ -206,7 +216,8 @@ def train(model, tokenizer, streams: tuple[Stream, ...], steps: int, lr: float, 
             group["lr"] = lr * min(step / warmup, (steps - step) / (steps - warmup))
         optimizer.zero_grad()
         for draw in draws:
-            model(**collate(next(draw), tokenizer.pad_token_id)).loss.backward()
+            loss = model(**collate(next(draw), tokenizer.pad_token_id)).loss
+            (loss + penalty() if penalty else loss).backward()
         torch.nn.utils.clip_grad_norm_(trainable_parameters(model), 1.0)
         optimizer.step()
     model.eval()

@@ -292,7 +292,7 @@ def test_the_exit_status_tells_work_from_drift(built, monkeypatch, capsys, words
 def test_the_readme_index_is_written_and_checked(built):
     readme = built.root / "README.md"
     readme.write_text("# Course\n\n<!-- index:begin -->\nold\n<!-- index:end -->\n\nThe end.\n")
-    assert any(message.startswith("README.md: the index") for message in told(built))
+    assert any(message.startswith("README.md: is not what the manifest") for message in told(built))
     build(built, built.manifest.labs)
     text = readme.read_text()
     assert "old" not in text and "The end." in text
