@@ -56,7 +56,7 @@ WAYS = {
     "adapter": (
         *SKILLS,
         *("first, second", "second, first", "sum", "mean"),
-        *("weights", "fusion", "fresh", "after", "one"),
+        *("weights", "fusion", "fresh", "one"),
     ),
     "lora": (*SKILLS, "sum", "mean"),
 }
@@ -70,7 +70,6 @@ MEANS = {  # what each way is, in words
     "weights": "added with trained weights, two numbers per layer",
     "fusion": "AdapterFusion, trained",
     "fresh": "a new adapter, trained like the fusion",
-    "after": "one adapter, trained on the first, then on the second",
     "one": "one adapter of twice the size, trained on both",
 }
 # half of the guide's rules; the other half is the form
@@ -331,14 +330,12 @@ def rate_of(kind: str, label: str) -> float:
 
 
 @remember
-def skill(pair: str, kind: str, which: int, seed: int, after: bool = False) -> dict:
-    """The tensors of the adapter that has learned one skill; `after`: that was trained on the other one before."""
+def skill(pair: str, kind: str, which: int, seed: int) -> dict:
+    """The tensors of the adapter that has learned one skill."""
     from labs_lib.training.fit import fit
 
     (stream, steps), label = pair_of(pair).skills[which], pair_of(pair).labels[which]
     model, tokenizer = new(kind, seed)
-    if after:
-        fill(tensors(kind, model), skill(pair, kind, 1 - which, seed))
     settings = {"steps": steps, "lr": rate_of(kind, label), "batch_size": stream.batch, "seed": seed}
     fit(model, tokenizer, stream.rows, progress=False, **settings)
     return {key: value.clone() for key, value in tensors(kind, model).items()}
@@ -355,9 +352,9 @@ def run_point(point: dict) -> dict:
     pair, started = pair_of(name), time.perf_counter()
     if way in ("one", "fresh"):
         model, tokenizer = new(kind, seed, TWICE if way == "one" else ARMS)
-    elif way in (*SKILLS, "after"):
+    elif way in SKILLS:
         model, tokenizer = new(kind, seed)
-        fill(tensors(kind, model), skill(name, kind, int(way != "first"), seed, after=way == "after"))
+        fill(tensors(kind, model), skill(name, kind, SKILLS.index(way), seed))
     else:
         parts = [skill(name, kind, which, seed) for which in (0, 1)]
         compose = composed_lora if kind == "lora" else composed_adapters
