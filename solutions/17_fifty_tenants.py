@@ -16,15 +16,15 @@ lab = setup(lab="17", profile=PROFILE, model_id=MODEL_ID)
 # its own, on a 7B model. Fifty fine-tuned models "would require 50 GPUs". Instead, fifty LoRA adapters of "roughly 20 MB"
 # share one GPU; the API key says whose adapter answers; the bill falls by 98 %.
 #
-# This lab runs that company, from the style guides to the bill:
+# This lab runs that company:
 #
 # | | |
 # |---|---|
 # | **train** | all fifty adapters, many in one batch |
 # | **judge** | no adapter is published before its texts have been read |
-# | **serve** | a day's traffic; a new customer, a bad version and a way back, while requests run |
+# | **serve** | a day's traffic; a new customer, a bad version, a way back |
 # | **prove** | who was answered by whose weights |
-# | **account** | what it costs, and what the story leaves out |
+# | **account** | what it costs, what the story leaves out |
 
 # %% [markdown]
 # First, the customers. Four of the fifty get copy for the *same* product, in one batch of one model; the adapters are
@@ -74,7 +74,8 @@ side_by_side({each.request.tenant: tokenizer.decode(each.tokens) for each in ans
 # and $W$ is frozen: nobody's step can change anybody's base. So put rows of all tenants into one batch and train all $A_t,
 # B_t$ at once. Independent they stay, if three things are kept apart: each tenant's **loss**, its **gradient's norm**, and
 # its optimiser state. AdamW works number by number, so the last comes free. The first two are your exercises.
-#
+
+# %% [markdown]
 # **By hand.** Tenant 1 has tokens with losses 1 and 3, tenant 2 has 1, 1 and 4. Their own losses are 2 and 2. The mean of
 # all five is 2, too; but in its gradient tenant 1 weighs 2/5 and tenant 2 weighs 3/5.
 
@@ -828,7 +829,8 @@ for number in (30, 31, 32):
 # [LoRAX](https://github.com/predibase/lorax) is "LoRA eXchange" and was never called anything else; its README speaks of
 # thousands of adapters on one GPU. [S-LoRA](https://arxiv.org/abs/2311.03285) is a paper's research code; its tiers are GPU
 # and main memory, without a disk. What both showed is now built into vLLM and SGLang, which is where you would look first.
-#
+
+# %% [markdown]
 # ## 8. Go further
 # - **A real model.** Set `PROFILE = "gpu"` and `MODEL_ID = "HuggingFaceTB/SmolLM2-135M"` and run all: the fleet is trained on
 #   it, and kept.
