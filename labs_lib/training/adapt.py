@@ -181,12 +181,15 @@ def prompt(model, arm: "Arm", seed: int, steps: int) -> Adapted:
     from labs_lib.training.sweeps import TENANT
     from labs_lib.world.tenants import load_tenant
 
+    def encode(text: str, **more) -> list[int]:
+        return load_base(model.name_or_path)[1](text, **more)["input_ids"]
+
     options = dict(arm.options)
-    tokenizer, text, ids = load_base(model.name_or_path)[1], options.pop("text", ""), ()
+    text, ids = options.pop("text", ""), ()
     if options.get("init") == "guide":
-        options["init"], ids = "text", tokenizer(f"Guide: {load_tenant(TENANT).guide}\n")["input_ids"]
+        options["init"], ids = "text", encode(f"Guide: {load_tenant(TENANT).guide}\n")
     elif text:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = encode(text, add_special_tokens=False)
     model = add_prompt(model, ids=ids, generator=torch.Generator().manual_seed(seed), **options)
     table = model.base.get_input_embeddings().weight.detach()
     start = model.prompt.detach().clone()
@@ -243,9 +246,9 @@ def prefix(model, arm: "Arm", seed: int, steps: int) -> Adapted:
     from labs_lib.world.tasks import load_task
 
     options = dict(arm.options)
-    tokenizer = load_base(model.name_or_path)[1]
     if text := options.pop("text", ""):
-        words = text_prefix(model, tokenizer(text)["input_ids"][: options["tokens"]])
+        ids = load_base(model.name_or_path)[1](text)["input_ids"]
+        words = text_prefix(model, ids[: options["tokens"]])
         model = leave_base_out(PrefixTuning(model, words, DynamicCache))
     else:
         generator = torch.Generator().manual_seed(seed)
@@ -253,6 +256,8 @@ def prefix(model, arm: "Arm", seed: int, steps: int) -> Adapted:
     start = DirectPrefix(model.prefix())
 
     def finish() -> dict:
+        tokenizer = load_base(model.base.name_or_path)[1]
+
         def cached(split):
             ids = tokenizer(load_task("retention")[split]["prompt"][::32])["input_ids"]
             return torch.cat([text_prefix(model.base, each).weight.detach() for each in ids])

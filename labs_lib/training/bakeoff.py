@@ -7,6 +7,7 @@ seed: stopped early, every arm has equally many.
 """
 
 import argparse
+from pathlib import Path
 
 from labs_lib.training.sweep import run_sweep
 from labs_lib.training.sweeps import TENANT, Arm, Sweep, Task
@@ -71,15 +72,74 @@ BAKEOFF = Sweep(
     gentle=True,
 )
 
+#: The rows of the chapter's tables, at the sizes that it gives, or that the papers do.
+ON_7B = (
+    Arm("full fine-tuning", "full"),
+    Arm("LoRA r16", rank=16, alpha=32),
+    Arm("DoRA r16", "dora", rank=16, alpha=32),
+    Arm("LoRA+ r16", "lora_plus", rank=16, alpha=32, options={"ratio": 8}),
+    Arm("rsLoRA r16", "rslora", rank=16, alpha=32),
+    Arm("prefix 30, projected", "prefix", options={"tokens": 30, "hidden": 1024}),
+    Arm("prefix 30", "prefix", options={"tokens": 30}),
+    Arm("prompt 10", "prompt", options={"tokens": 10}),
+    Arm("prompt 200", "prompt", options={"tokens": 200}),
+    Arm("adapters, 1/16 of the width", "bottleneck", options={"placement": "pfeiffer", "bottleneck": 256}),
+    Arm("IA3", "ia3"),
+    Arm("GaLore r128", "galore", rank=128),
+)
+
+
+def base_scores(size: str = "small") -> dict[str, float]:
+    """What the base model scores on each task before any training."""
+    from labs_lib.models.base import load_base
+    from labs_lib.training.sweep import STYLE_ROWS_SCORED, evaluate
+    from labs_lib.world.tasks import load_task
+
+    model, tokenizer = load_base(size)
+    scores = {}
+    for task in TASKS:
+        rows = load_task(task.task, tenant=task.tenant, facts=task.facts or 1024)["test"]
+        rows = rows[:STYLE_ROWS_SCORED] if task.task == "style" else rows[:]
+        scores[task.label] = evaluate(model, tokenizer, task.task, task.tenant, rows)["score"]
+    return scores
+
+
+def record_costs() -> Path:
+    """Count what every arm costs on `small`, and what the chapter's rows cost on the twin of a 7B model; record it."""
+    from tqdm.std import tqdm
+
+    from labs_lib.measure.records import Record, save_record
+    from labs_lib.models.twins import random_like
+    from labs_lib.training.costs import after_merging, costs, servable, twin_costs
+
+    twin = random_like("llama-2-7b")
+    bar = tqdm(total=len(ARMS) + len(ON_7B), unit="arm", ncols=90, desc="costs")
+    rows = [{"arm": None, "model": "small", "scores": base_scores()}]
+    for arm in ARMS:
+        bar.update()
+        found = costs(arm) | after_merging(arm) | {"engines": servable(arm)}
+        rows.append({"arm": arm.to_dict(), "model": "small", "rows": 16, "length": 64} | found)
+    for arm in ON_7B:
+        bar.update()
+        rows.append(
+            {"arm": arm.to_dict(), "model": "llama-2-7b", "rows": 1, "length": 512} | twin_costs(arm, twin)
+        )
+    bar.close()
+    note = "Counted, not timed: one training step and one request; 7B on the meta device, bfloat16 weights."
+    return save_record(Record("bakeoff_costs", rows, note))
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-j", "--jobs", type=int, default=1, help="runs side by side (default: %(default)s)")
     parser.add_argument(
         "--limit", type=int, default=None, help="stop after so many runs; the next call goes on"
     )
+    parser.add_argument(
+        "--costs", action="store_true", help="count what each method costs instead of training"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
-    path = run_sweep(BAKEOFF, args.jobs, args.limit)
+    path = record_costs() if args.costs else run_sweep(BAKEOFF, args.jobs, args.limit)
     print(f"recorded in {path}" if path else "stopped early; run the same command to go on")
     return 0

@@ -48,9 +48,12 @@ def test_a_prefix_costs_attention_only_and_a_prompt_a_whole_pass():
     assert base < cost["prefix"]["request_flops"] < cost["prompt"]["request_flops"]
 
 
-def test_a_quantised_base_has_no_flops_to_count():
-    found = costs(Arm("q", "qlora", rank=2, quantise="nf4"), "tiny", rows=2, length=8)
-    assert found["train_flops"] is None and found["request_flops"] is None and found["peak_bytes"] > 0
+def test_a_quantised_base_is_weighed_packed_and_its_flops_are_counted_unpacked():
+    found = costs(Arm("q", "qlora", rank=2, quantise="nf4"), "small", rows=2, length=8)
+    plain = costs(Arm("l", rank=2), "small", rows=2, length=8)
+    flops = ("train_flops", "request_flops", "base_request_flops")
+    assert [found[name] for name in flops] == [plain[name] for name in flops]
+    assert found["state_bytes"] == plain["state_bytes"] and found["peak_bytes"] < plain["peak_bytes"]
 
 
 def test_7b_is_counted_without_a_weight():
