@@ -511,20 +511,32 @@ SWEEPS = {
         ),
         Sweep(
             name="prompt",
-            note="One tenant's style as in the bake-off: prompt tuning by its start, and by the number of tokens.",
+            note="The bake-off's style: prompt tuning from normal numbers of size 1, and of 50 times the table's.",
             arms=(
-                *(
-                    _prompt(20, "random", name=f"normal, {times}", std=std)
-                    for times, std in (("as the table", 0.12), ("size 1", 1.0), ("50 times the table", 6.0))
-                ),
-                _prompt(20, "text", name="a text", text="Fathom Eleven, adventure brand for members:\n"),
-                _prompt(20, "guide", (3e-3, 1e-2, 3e-2), name="the guide"),
-                *(_prompt(tokens) for tokens in (2, 6, 60)),
+                _prompt(20, "random", name="normal, size 1", std=1.0),
+                _prompt(20, "random", name="normal, 50 times the table", std=6.0),
             ),
             tasks=(replace(_STYLE, batch=8),),
             rates=(),
             seeds=5,
             widen=2,
+            gentle=True,
+        ),
+        Sweep(
+            name="prompt_tokens",
+            note="The bake-off's style: prompt tuning by the number of tokens, and from other starts.",
+            arms=(
+                _prompt(6),
+                _prompt(60),
+                _prompt(2),
+                _prompt(20, "random", name="normal, as the table", std=0.12),
+                _prompt(20, "guide", (3e-3, 1e-2, 3e-2), name="the guide"),
+                _prompt(20, "text", name="a text", text="Fathom Eleven, adventure brand for members:\n"),
+            ),
+            tasks=(replace(_STYLE, batch=8),),
+            rates=(),
+            seeds=3,
+            widen=1,
             gentle=True,
         ),
         Sweep(

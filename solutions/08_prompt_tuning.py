@@ -1,0 +1,996 @@
+"""Lab 08, prompt tuning. Its records: `labs bakeoff`, `labs sweep prompt`, `prompt_tokens`, `_long`, `_tiny`, `_medium`."""
+
+# %% tags=["parameters"]
+PROFILE = ""  # "" chooses for this machine; or "smoke", "cpu", "t4", "gpu"
+MODEL_ID = ""  # "" is the shipped base; or any causal LM on the Hugging Face hub
+
+# %% tags=["setup"]
+from labs_lib import check, claim, progress, setup
+from labs_lib.lab.plots import finding, log_axis, look, reference, show
+
+lab = setup(lab="08", profile=PROFILE, model_id=MODEL_ID)
+
+# %% [markdown]
+# ## 1. The idea
+# A model never sees a word. Each token becomes $d$ numbers, its row in the embedding table. Prompt tuning
+# ([Lester et al., 2021](https://arxiv.org/abs/2104.08691)) puts $n$ rows of its own in front of every input,
+#
+# $$[\,p_1, \dots, p_n,\; E(x_1), \dots, E(x_T)\,], \qquad p_i \in \mathbb{R}^d,$$
+#
+# and trains them as if they were weights. Not one weight of the model changes. A prompt that you *write* must take each
+# $p_i$ from the table. A *soft* prompt may lie anywhere.
+
+# %% tags=["hide-input"]
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+base, tokenizer = lab.base()
+embeddings = base.get_input_embeddings().weight.detach().float().cpu()
+centre = embeddings.mean(dim=0)
+axes_of_table = torch.linalg.svd(embeddings - centre, full_matrices=False).Vh[:2]
+
+
+def on_paper(vectors):
+    """The two directions in which the table's rows differ most."""
+    return ((vectors - centre) @ axes_of_table.T).T
+
+
+fig, (line, plane) = plt.subplots(1, 2, figsize=(10, 3.3), width_ratios=(1.35, 1))
+own, grey = look("prompt").color, look("base").color
+words = tokenizer.convert_ids_to_tokens(tokenizer("Facts: chair wool lilac")["input_ids"])
+for i in range(3 + len(words)):
+    line.bar(i, 1, 0.82, color=own if i < 3 else grey, alpha=1 if i < 3 else 0.2)
+    text = f"$p_{i + 1}$" if i < 3 else words[i - 3].lstrip("Ġ")
+    line.text(i, 0.5, text, ha="center", va="center", size=9, color="white" if i < 3 else "black")
+line.text(1, 1.15, "trained", ha="center", color=own)
+line.text(3 + (len(words) - 1) / 2, 1.15, "read from the table", ha="center", color=grey)
+line.set(ylim=(-0.6, 1.6), title="A few vectors in front, the same for every input")
+line.axis("off")
+plane.plot(*on_paper(embeddings), ".", ms=2, color=grey, alpha=0.35, label="rows of the table")
+soft = torch.randn(20, embeddings.shape[1], generator=torch.Generator().manual_seed(0))
+plane.plot(*on_paper(soft), look("prompt").marker, color=own, label=r"20 soft tokens, $\mathcal{N}(0, 1)$")
+plane.legend(fontsize=8, loc="upper right")
+finding(plane, "A soft token need not be a token", "main direction", "second direction")
+show(
+    fig,
+    alt="Left: three trained vectors stand before the tokens of a text. Right: the embedding table in its two main directions is a small cloud, 20 random soft tokens lie around and outside it.",
+)
+
+# %% [markdown]
+# **By hand.** What can a vector in front do to the text behind it? Take one attention head at one word. Without a soft token
+# it would give $h = 2$. Now there is a soft token with the value 10. Its score is $\ln 3$, that of the text is 0.
+#
+# **Your turn.** What does the head give now?
+
+# %%
+### BEGIN SOLUTION
+### STUB: by_hand = ...  # a number
+by_hand = 0.25 * 2 + 0.75 * 10
+### END SOLUTION
+by_hand = check(by_hand, "lab08.by_hand")
+
+# %% [markdown]
+# So a soft token *draws attention*: each head gives $(1-p)\,h + p\,D$, where $p$ is the share that it drew. All it can do to
+# a text, in all layers together, is made of such mixtures.
+
+# %% [markdown]
+# ## 2. Build it
+# **Exercise 1: where to start.** PEFT's default and the chapter's code draw normal numbers. The paper found rows of the
+# vocabulary, or of a text about the task, better on small models.
+#
+# *You should see* rows as long as tokens are, and normal numbers that are not.
+
+# %% tags=["exercise"]
+from labs_lib.methods.prompt_tuning import init_prompt
+
+# %%
+init_prompt = check(init_prompt)
+length_of_tokens = embeddings.norm(dim=1).median()
+ids = tokenizer("Write in our house style:")["input_ids"]
+for init in ("random", "vocab", "text"):
+    start = init_prompt(base.get_input_embeddings(), 20, init, ids=ids)
+    print(f"{init:7s} {start.norm(dim=1).median().item() / length_of_tokens:5.2f} times a token's length")
+
+# %% [markdown]
+# **Exercise 2: put it in front.** Embeddings, mask, labels and positions all grow, each in its own way.
+#
+# *You should see* three more positions that nobody has to predict, and that padding does not stand between.
+
+# %% tags=["exercise"]
+from labs_lib.methods.prompt_tuning import prepend
+
+# %%
+prepend = check(prepend)
+mask = torch.tensor([[0, 0, 1, 1]])
+read = prepend(
+    torch.zeros(3, 2),
+    torch.ones(1, 4, 2),
+    mask,
+    torch.tensor([[-100, -100, 7, 8]]),
+    (mask.cumsum(1) - 1).clamp(min=0),
+)
+for what, value in read.items():
+    print(f"{what:15s}", value[..., 0].tolist() if value.ndim == 3 else value.tolist())
+
+# %% [markdown]
+# **Exercise 3: the model.** It is called as the base is. While a text is generated the cache has read the prompt already;
+# a second reading would be a second prompt.
+#
+# *You should see* that a soft prompt made of tokens is those tokens.
+
+# %% tags=["exercise"]
+from labs_lib.methods.prompt_tuning import PromptTuning
+
+# %%
+PromptTuning = check(PromptTuning)
+from labs_lib.measure import count_parameters
+from labs_lib.methods.prompt_tuning import add_prompt
+
+text = torch.tensor([tokenizer("Facts: chair wool lilac")["input_ids"]], device=lab.device)
+written = torch.cat([torch.tensor([ids], device=lab.device), text], dim=1)
+model = add_prompt(lab.base()[0], len(ids), "text", ids=ids, kind=PromptTuning)
+with torch.no_grad():
+    difference = (model(input_ids=text).logits - base(input_ids=written).logits).abs().max().item()
+print(f"{len(ids)} soft tokens that say {tokenizer.decode(ids[1:])!r}: logits differ by {difference:.0e}")
+print(f"trainable: {count_parameters(model)}")
+
+# %% [markdown]
+# **The logits are longer, too.** 20 soft tokens, a question of 26 tokens, then the answer. A colleague computes the loss of
+# the answer by hand and takes the logits of `base(...)` as always.
+#
+# **Your turn.** The logits of which position (from 0) predict the *first token of the answer*?
+
+# %%
+### BEGIN SOLUTION
+### STUB: first_logit = ...  # a position
+first_logit = 20 + 26 - 1
+### END SOLUTION
+first_logit = check(first_logit, "lab08.first_logit")
+
+# %% tags=["hide-input"]
+from labs_lib import load_task, load_tenant
+from labs_lib.measure.quality import collate, encode_rows
+
+tenant = load_tenant("fathom-eleven")
+style = load_task("style", tenant=tenant.slug)
+eight = style["train"][:8]
+batch = collate(encode_rows(tokenizer, eight["prompt"], eight["completion"]), tokenizer.pad_token_id)
+batch = {key: value.to(lab.device) for key, value in batch.items()}
+
+# %%
+from torch.nn.functional import cross_entropy
+
+model = add_prompt(lab.base()[0], 20, "vocab", generator=torch.Generator().manual_seed(0), kind=PromptTuning)
+with torch.no_grad():
+    output = model(**batch)
+length = batch["labels"].shape[1]
+for cut, logits in {"first": output.logits[:, :length], "last": output.logits[:, -length:]}.items():
+    loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten())
+    print(f"the {cut} {length} of {output.logits.shape[1]} positions: loss {loss:.3f}")
+print(f"the model's own loss: {output.loss:.3f}")
+
+# %% [markdown]
+# Both cuts have the right shape, so nobody complains. PEFT's logits have the extra positions as well.
+#
+# ## 3. Prove it
+# The same vectors go into PEFT. Logits, gradients and ten steps of training are compared.
+#
+# *You should see* zeros, or a rounding of the last bit.
+
+# %%
+from peft import PromptTuningConfig, get_peft_model
+
+from labs_lib.methods.lora import trainable_parameters
+
+config = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 20}
+theirs = get_peft_model(lab.base()[0], PromptTuningConfig(**config))
+theirs.prompt_encoder["default"].embedding.weight.data.copy_(model.prompt)
+
+
+def results(model):
+    """First logits and gradient, then the prompt after ten steps."""
+    optimizer = torch.optim.AdamW(trainable_parameters(model), lr=0.03)
+    kept = {}
+    for _ in range(10):
+        output = model(**batch)
+        output.loss.backward()
+        first = {"logits": output.logits, "gradients": trainable_parameters(model)[0].grad.clone()}
+        kept = kept or first
+        optimizer.step()
+        optimizer.zero_grad()
+    return kept | {"ten steps": trainable_parameters(model)[0]}
+
+
+# %%
+pair = results(model), results(theirs)
+for what, mine in pair[0].items():
+    difference = (mine - pair[1][what]).abs().max().item()
+    print(f"{what:10s} differ by at most {difference:.0e} of {mine.abs().max().item():.2g}")
+    assert difference <= 1e-5 * max(1, mine.abs().max().item()) * torch.finfo(lab.dtype).eps / 1.2e-7, what
+
+# %% [markdown]
+# **The file, too**, both ways.
+
+# %%
+import tempfile
+from pathlib import Path
+
+from labs_lib.methods.virtual_io import load_prompt, save_prompt
+from peft import PeftModel
+
+shelf = tempfile.TemporaryDirectory()
+folder = Path(shelf.name)
+save_prompt(model, folder / "ours", base="shipped")
+theirs.save_pretrained(folder / "theirs")
+
+# %%
+there = PeftModel.from_pretrained(lab.base()[0], folder / "ours")
+there = there.prompt_encoder["default"].embedding.weight
+back = load_prompt(lab.base()[0], folder / "theirs").prompt
+print("ours in PEFT, same bits:", torch.equal(there, model.prompt))
+print("PEFT's in ours, same bits:", torch.equal(back, trainable_parameters(theirs)[0]))
+print(f"{(folder / 'ours' / 'adapter_model.safetensors').stat().st_size:,} bytes on disk")
+
+# %% [markdown] tags=["takeaway"]
+# A soft prompt is a few rows of input. There is nothing to merge, and nothing of the model to break: to take it off, do not
+# put it in front.
+
+# %% [markdown]
+# ## 4. Train it
+# One customer's style from 128 approved texts. Twenty soft tokens, since the customer's guide, written out, has twenty: the
+# same room for both. 60 steps of batch 8, at the best recorded rate.
+#
+# **Predict**: what share of held-out texts will be exact to the letter? (LoRA of rank 8 gets nearly all.)
+
+# %%
+### BEGIN SOLUTION
+### STUB: predict_style = ...  # in percent
+predict_style = 40
+### END SOLUTION
+predict_style = check(predict_style, "lab08.predict_style")
+
+# %% tags=["hide-input"]
+from labs_lib.measure import load_record, mean_ci, paired_difference
+
+RECORDS = {
+    name: load_record(f"sweep_{name}") for name in ("bakeoff", "prompt", "prompt_tokens", "prompt_long")
+}
+FAMILY = {size: load_record(f"sweep_prompt_{size}") for size in ("tiny", "medium")}
+for each in (*RECORDS.values(), *FAMILY.values()):
+    print(each)
+STYLE, LONG, REVIEWS, FACTS = "style", "style, 240 steps", "classification", "knowledge, 512 facts"
+PROMPT, FULL = "prompt 20", "full fine-tuning"
+
+
+def rows_of(arm, task=STYLE, stage="final", among=None):
+    """Rows of an arm on a task, by rate and seed."""
+    rows = [row for record in among or RECORDS.values() for row in record.rows]
+    rows = [row for row in rows if (row["arm"]["name"], row["label"], row["stage"]) == (arm, task, stage)]
+    return sorted(rows, key=lambda row: (row["lr"], row["seed"]))
+
+
+def percent(rows, key="score"):
+    return [100 * row[key] for row in rows]
+
+
+def difference(first, second, key="score"):
+    """First minus second in points, over the seeds that both have."""
+    pair = [{row["seed"]: 100 * row[key] for row in rows} for rows in (first, second)]
+    both = sorted(pair[0].keys() & pair[1].keys())
+    return paired_difference([pair[0][s] for s in both], [pair[1][s] for s in both])
+
+
+# %%
+from labs_lib import fit
+from labs_lib.measure.quality import style_quality
+
+row = rows_of(PROMPT)[0] if rows_of(PROMPT) else {"lr": 0.03, "seed": 1, "loss": np.nan, "score": np.nan}
+scale = max(0.1, round(embeddings.std().item() / 0.12, 1))  # the rate belongs to a table of this size
+draw = torch.Generator().manual_seed(row["seed"])
+model = add_prompt(lab.base()[0], 20, "vocab", generator=draw, kind=PromptTuning)
+started = model.prompt.detach().cpu().clone()
+settings = {"steps": lab.steps(60), "lr": scale * row["lr"], "batch_size": 8, "seed": row["seed"]}
+run = fit(model, tokenizer, style["train"][:], **settings)
+test = style["test"][: lab.rows(48)]
+quality = style_quality(model, tokenizer, test, tenant)
+print(f"rate {run.lr:g}, last loss {run.final_loss:.3f} (recorded {row['loss']:.3f})")
+print(f"exact texts {quality.exact:.1%} (recorded {row['score']:.1%}), rules kept {quality.compliance:.1%}")
+
+# %% [markdown]
+# **And now the prompt that you can write**: the guide's own twenty tokens as a soft prompt, not trained at all.
+
+# %%
+guide_ids = tokenizer(f"Guide: {tenant.guide}\n")["input_ids"]
+guided = add_prompt(lab.base()[0], len(guide_ids), "text", ids=guide_ids, kind=PromptTuning)
+as_told = style_quality(guided, tokenizer, test, tenant)
+print(f"{len(guide_ids)} tokens of the guide: exact {as_told.exact:.1%}, rules kept {as_told.compliance:.1%}")
+
+# %% tags=["hide-input"]
+rules = sorted(tenant.style, key=quality.per_rule.get)
+fig, ax = plt.subplots(figsize=(7.2, 4.4))
+for each, way in ((as_told, "guide"), (quality, "prompt")):
+    drawn = look(way)
+    label = f"{drawn.label}{', trained' if way == 'prompt' else ', as soft tokens, untrained'}"
+    shares = [100 * each.per_rule[rule] for rule in rules]
+    ax.plot(shares, rules, drawn.marker, color=drawn.color, ms=8, label=label, clip_on=False)
+ax.set_xlim(0, 100)
+ax.grid(axis="x")
+ax.legend(loc="center left")
+missed = [rule for rule in rules if quality.per_rule[rule] < 0.5]
+finding(
+    ax,
+    f"Training found {16 - len(missed)} of the 16 rules, the guide says all",
+    "texts that keep the rule (%)",
+)
+show(
+    fig,
+    alt=f"For each of 16 rules the share of texts that keep it: the guide's tokens {100 * as_told.compliance:.0f} % on average, the trained prompt {100 * quality.compliance:.0f} %. Mostly missed by training: {', '.join(missed) or 'none'}.",
+)
+print(
+    f"You predicted {predict_style:g} % exact texts. Rules that training missed: {', '.join(missed) or 'none'}"
+)
+
+# %% [markdown]
+# Remember this picture. Twenty vectors that do it *exist*: the base was taught to follow guides, and the guide's rows are
+# among all those that training could reach. Gradient descent does not find them. Prompt tuning's trouble is not room.
+
+# %% [markdown]
+# ### Against the others
+# The bake-off's record: every arm with its own sweep of learning rates, then fresh seeds, on the same tasks. Style and
+# reviews ask for what the base can do already; the 512 facts are new.
+
+# %% tags=["hide-input"]
+from labs_lib.lab.cards import table
+
+ARMS = {
+    FULL: "full",
+    "LoRA r8": "lora",
+    "LoRA r2": "lora",
+    "prefix 18": "prefix",
+    "IA3": "ia3",
+    PROMPT: "prompt",
+}
+TASKS = {STYLE: "style, exact", REVIEWS: "reviews", "knowledge, 32 facts": "32 facts", FACTS: "512 facts"}
+lines = []
+for arm in ARMS:
+    if rows := rows_of(arm):
+        line = {"arm": arm, "numbers": f"{rows[0]['params']:,}", "rate": f"{rows[0]['lr']:g}"}
+        for task, label in TASKS.items():
+            scores = percent(rows_of(arm, task))
+            line[f"{label} %"] = f"{np.mean(scores):.0f}" if scores else ""
+        line["rules kept %"] = f"{np.mean(percent(rows, 'compliance')):.0f}"
+        lines.append(line | {"old facts kept %, after the style": f"{np.mean(percent(rows, 'kept')):.0f}"})
+table(lines) if lines else "no record yet: labs bakeoff"
+
+# %%
+for task, label in TASKS.items():
+    for arm in ("LoRA r8", "IA3"):
+        if rows_of(PROMPT, task):
+            gap = difference(rows_of(PROMPT, task), rows_of(arm, task))
+            print(f"{label:13s} prompt minus {arm:8s} {gap} points, paired seeds")
+
+# %% [markdown]
+# One column is the prompt's own: what the base knew stays. (The old facts are asked *with* the soft prompt in front. Without
+# it, all of them are there: nothing was changed.)
+#
+# **Was it trained too little?** Four times the steps, rates tuned again:
+
+# %%
+for label in (STYLE, LONG):
+    if rows := rows_of(PROMPT, label):
+        exact, kept = mean_ci(percent(rows)), np.mean(percent(rows, "compliance"))
+        loss = np.mean([row["loss"] for row in rows])
+        print(
+            f"{rows[0]['steps']:3d} steps at {rows[0]['lr']:g}: exact {exact} %, rules kept {kept:.0f} %, loss {loss:.3f}"
+        )
+
+# %% [markdown]
+# ### Where you start
+# A prompt's start is a hyperparameter like no other: with LoRA, $B = 0$ makes every start the same model. Six starts, each
+# with its own sweep of rates and fresh seeds: normal numbers of three sizes, the vocabulary, a text about the task, the guide.
+#
+# Why "50 times the table"? PEFT draws numbers of size 1. Here that is
+# 8 times a token's. Llama's table starts from numbers of size 0.02, and so 1 is 50 times as much.
+
+# %%
+from labs_lib import random_like
+
+llama = random_like("llama-2-7b")  # shapes without numbers
+print(f"here N(0, 1) is {1 / embeddings.std():.0f} times the table; ", end="")
+print(f"on Llama-2-7B {1 / llama.config.initializer_range:.0f} times what the table starts from")
+
+# %% tags=["hide-input"]
+STARTS = {
+    "normal, 50 times the table": "normal, 50 x table",
+    "normal, size 1": "normal, N(0, 1)",
+    "normal, as the table": "normal, 1 x table",
+    PROMPT: "vocabulary",
+    "a text": "a text",
+    "the guide": "the guide",
+}
+drawn_starts = [start for start in STARTS if rows_of(start)]
+fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.6), width_ratios=(1, 1.1))
+colors = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(STARTS)))
+for y, (start, color) in enumerate(zip(STARTS, colors, strict=True)):
+    if start not in drawn_starts:
+        continue
+    for key, marker, fill in (("score", "o", color), ("compliance", "D", "white")):
+        each = mean_ci(percent(rows_of(start), key))
+        low, high = np.clip(each.ci, 0, 100)
+        left.plot([low, high], [y, y], color=color, lw=1.5)
+        left.plot(each.value, y, marker, color=color, markerfacecolor=fill, ms=7, clip_on=False)
+    tried = rows_of(start, stage="sweep")
+    right.plot([r["lr"] for r in tried], [r["loss"] for r in tried], "o-", color=color, label=STARTS[start])
+left.set_yticks(range(len(STARTS)), STARTS.values())
+left.set_xlim(0, 100)
+worst = min(drawn_starts, key=lambda each: np.mean(percent(rows_of(each), "compliance")), default=PROMPT)
+finding(left, f"Worst start: {STARTS[worst]}", "exact texts (filled), rules kept (open), %")
+right.set(xscale="log", yscale="log")
+if drawn_starts:
+    right.legend(fontsize=7.5)
+finding(right, "Large starts ask for large steps", "learning rate", "last training loss (nats per token)")
+means = {
+    STARTS[s]: f"{np.mean(percent(rows_of(s))):.0f} / {np.mean(percent(rows_of(s), 'compliance')):.0f}"
+    for s in drawn_starts
+}
+show(
+    fig,
+    alt=f"Left: exact texts and rules kept for each start, in percent: {means}. Right: last training loss against the learning rate, one line per start.",
+)
+
+# %% [markdown]
+# **Why size matters.** Adam moves each number by about the learning rate, however large the number. And every block begins
+# with a norm that looks at a vector's *direction* only. So what counts is by what angle a step turns it. Measure that, and
+# how much of the vector is still there behind the last block.
+
+
+# %%
+def look_inside(std, lr=0.03):
+    """The angle of one AdamW step, in degrees, and the cosine of a soft token before the first and after the last block."""
+    model = add_prompt(lab.base()[0], 20, "random", std=std, generator=torch.Generator().manual_seed(1))
+    states = model(**batch, output_hidden_states=True)
+    before = model.prompt.detach().clone()
+    states.loss.backward()
+    torch.optim.AdamW([model.prompt], lr=lr, weight_decay=0).step()
+    turned = torch.cosine_similarity(before, model.prompt, dim=1).clamp(max=1).acos().rad2deg().median()
+    last = states.hidden_states[-2][:, :20].mean(0)  # before the last block: the one behind it is normed
+    return turned.item(), torch.cosine_similarity(before, last.float(), dim=1).median().item()
+
+
+size = embeddings.std().item()
+table(
+    [
+        {
+            "start": name,
+            "one step turns it by": f"{turned:.1f}°",
+            "cosine with itself before the last block": f"{same:.2f}",
+        }
+        for name, std in (("1 x table", size), ("N(0, 1)", 1.0), ("50 x table", 50 * size))
+        for turned, same in [look_inside(std)]
+    ]
+)
+
+# %% [markdown]
+# A long vector turns slowly, and it runs through the blocks unmoved: what they add is small beside it. So at a rate that suits
+# tokens it stays what chance made it. The rate can make up for that, where you tune it.
+
+# %% [markdown] tags=["takeaway"]
+# A soft prompt's learning rate has a unit: the size of the vectors. Start from the vocabulary or, better, from the best prompt
+# that you can write; if you start at random, scale it to the table.
+
+# %% [markdown]
+# ### How many tokens?
+# *You should see* what more tokens buy, and what each costs: it is read with every input, and its keys and values stay in
+# the cache as long as the request runs.
+
+# %%
+from labs_lib.measure import count_flops
+from labs_lib.measure.budget import cache_bytes
+
+COUNTS = (2, 6, 20, 60, 200)
+inputs = {"input_ids": batch["input_ids"]}
+plain = count_flops(base, **inputs)
+flops = {n: count_flops(add_prompt(base, n), **inputs) / plain for n in COUNTS}
+cached = {n: cache_bytes(n, llama.config) / 1e6 for n in COUNTS}
+print(f"{batch['input_ids'].shape[1]} tokens of text; forward pass over the base's:")
+print({n: f"{ratio:.2f}" for n, ratio in flops.items()})
+print("on Llama-2-7B, MB of cache for each running request:", {n: f"{mb:.0f}" for n, mb in cached.items()})
+
+# %% tags=["hide-input"]
+fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
+by_count = {n: rows_of(f"prompt {n}") for n in COUNTS if rows_of(f"prompt {n}")}
+drawn = look("prompt")
+for key, fill, label in (("compliance", "white", "rules kept"), ("score", drawn.color, "exact texts")):
+    each = [mean_ci(percent(rows, key)) for rows in by_count.values()]
+    middle = [e.value for e in each]
+    left.plot(by_count, middle, "-", color=drawn.color, marker="o", markerfacecolor=fill, label=label)
+    low, high = (np.clip([e.ci[i] for e in each], 0, 100) for i in (0, 1))
+    left.fill_between(list(by_count), low, high, color=drawn.color, alpha=0.15, lw=0)
+log_axis(left, COUNTS[:-1])
+left.set_ylim(0, 102)
+left.legend()
+scores = {n: np.mean(percent(rows)) for n, rows in by_count.items()}
+most = max(scores, key=scores.get, default=0)
+finding(left, f"Most exact texts: {most} tokens", "soft tokens", "held-out texts (%)")
+right.plot(COUNTS, list(flops.values()), "-", color=drawn.color, marker="o")
+reference(right, 1, "without a prompt")
+log_axis(right, COUNTS)
+finding(right, f"200 tokens: {flops[200]:.1f} times the work", "soft tokens", "forward FLOPs over the base's")
+show(
+    fig,
+    alt=f"Left: exact texts and rules kept against the number of soft tokens, in percent: exact { {n: round(s) for n, s in scores.items()} }. Right: forward FLOPs over the base's: { {n: round(f, 2) for n, f in flops.items()} }.",
+)
+
+# %% [markdown]
+# ### What did it learn to say?
+# Read the trained vectors back: which token is nearest to each?
+#
+# **Exercise 4.** *You should see* that a token is its own nearest, at distance 0.
+
+# %% tags=["exercise"]
+from labs_lib.methods.prompt_tuning import nearest_tokens
+
+# %%
+nearest_tokens = check(nearest_tokens)
+found, distances = nearest_tokens(embeddings[guide_ids], embeddings)
+print(tokenizer.convert_ids_to_tokens(found[:, 0].tolist())[:6], f"farthest {distances.abs().max():.0e}")
+
+# %% [markdown]
+# **Predict**: between a token and the next one lies a usual distance. How many times that far is a *trained* vector from its
+# nearest token?
+
+# %%
+### BEGIN SOLUTION
+### STUB: predict_nearest = ...  # times the usual distance
+predict_nearest = 2
+### END SOLUTION
+predict_nearest = check(predict_nearest, "lab08.predict_nearest")
+
+# %%
+trained = model.prompt.detach().float().cpu()
+usual = {m: nearest_tokens(embeddings, embeddings, 2, m)[1][:, 1] for m in ("euclidean", "cosine")}
+near = {m: nearest_tokens(trained, embeddings, 3, m) for m in usual}
+table(
+    [
+        {
+            "soft token": i + 1,
+            "started as": tokenizer.decode(nearest_tokens(started[i : i + 1], embeddings)[0][0]),
+        }
+        | {"nearest three, by direction": ", ".join(repr(tokenizer.decode(t)) for t in near["cosine"][0][i])}
+        | {f"{m}, over usual": f"{near[m][1][i, 0] / usual[m].median():.1f}" for m in usual}
+        | {"length, over a token's": f"{trained[i].norm() / length_of_tokens:.1f}"}
+        for i in range(8)
+    ]
+)
+
+# %%
+said = nearest_tokens(trained, embeddings)[0][:, 0]
+snapped = add_prompt(lab.base()[0], 20, "text", ids=said.tolist(), kind=PromptTuning)
+hard = style_quality(snapped, tokenizer, test, tenant)
+words_of_guide = set(guide_ids) & set(said.tolist())
+print("it seems to say:", tokenizer.decode(said))
+print(f"said so, in tokens: rules kept {hard.compliance:.1%}; as trained {quality.compliance:.1%}")
+print("words of the guide among them:", tokenizer.convert_ids_to_tokens(list(words_of_guide)) or "none")
+
+# %% tags=["hide-input"]
+fig, ax = plt.subplots(figsize=(7.2, 3.2))
+scaled = {
+    "tokens": (usual["euclidean"] / usual["euclidean"].median(), grey),
+    "N(0, 1)": (
+        nearest_tokens(soft, embeddings, metric="euclidean")[1][:, 0] / usual["euclidean"].median(),
+        "#333333",
+    ),
+    "trained": (near["euclidean"][1][:, 0] / usual["euclidean"].median(), own),
+}
+for y, (name, (values, color)) in enumerate(scaled.items()):
+    jitter = np.random.default_rng(0).uniform(-0.25, 0.25, len(values))
+    ax.plot(
+        values,
+        y + jitter,
+        ".",
+        ms=3 if name == "tokens" else 8,
+        color=color,
+        alpha=0.3 if name == "tokens" else 0.9,
+    )
+ax.set_yticks(range(3), scaled)
+ax.set_xscale("log")
+far = scaled["trained"][0].median().item()
+finding(
+    ax,
+    f"A trained vector lies {far:.1f} times as far from any token as tokens do",
+    "distance to the nearest token, over the usual one",
+)
+show(
+    fig,
+    alt=f"Distance to the nearest token over the usual distance, log axis: tokens around 1, normal numbers around {scaled['N(0, 1)'][0].median():.0f}, the 20 trained vectors around {far:.1f}.",
+)
+
+# %% [markdown]
+# The vectors lie where no token lies, and what they "say" is not what they do: put into words, the prompt is lost. Lester et
+# al. read words of the task in the neighbours of theirs (11 billion parameters, section 7). Read such lists with the last
+# line of numbers in mind.
+
+# %% [markdown] tags=["takeaway"]
+# A trained prompt is not a text, so you cannot proofread it. But that *no text* could do the same does not follow: here
+# twenty plain words do it better.
+
+# %% [markdown]
+# ## 5. The chapter on trial
+# **The chapter's coding exercise.** "Write the key code to add a soft prompt (10 learned tokens) to a model using the PEFT
+# library's PromptTuningConfig. Include model loading, config setup, and training."
+#
+# *You should see* a loss that fell, with 10 trained vectors and a frozen model.
+
+# %% tags=["exercise"]
+from labs_lib.training.soft_prompt import soft_prompt
+
+# %%
+from labs_lib.models.base import base_folder
+
+soft_prompt = check(soft_prompt)
+texts = [p + c for p, c in zip(eight["prompt"], eight["completion"], strict=True)]
+for steps in (0, lab.steps(30)):
+    tuned = soft_prompt(lab.model_id or base_folder(lab.size), texts, steps=steps, lr=0.03)
+    ids = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+    labels = ids["input_ids"].masked_fill(ids["attention_mask"] == 0, -100)
+    with torch.no_grad():
+        print(f"{steps:2d} steps: loss {tuned(**ids, labels=labels).loss:.3f} nats per token")
+tuned.print_trainable_parameters()
+
+# %% [markdown]
+# **Your turn.** Now the same for Llama-2-7B. How many numbers train?
+
+# %%
+### BEGIN SOLUTION
+### STUB: llama_prompt = ...  # a whole number
+llama_prompt = 10 * 4096
+### END SOLUTION
+llama_prompt = check(llama_prompt, "lab08.llama_prompt")
+
+# %%
+from labs_lib.models.twins import peft_parameter_count
+
+ten = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=10)
+counted = peft_parameter_count(llama, ten)
+claim(22).observe(parts={"count": counted, "share": 100 * counted / count_parameters(llama).total})
+
+# %% [markdown]
+# **Claim 26**: prompt tuning is "the most parameter-efficient method". The smallest that PEFT's other methods can be set to on
+# the same model, each by its own configuration:
+
+# %%
+from peft import FourierFTConfig, IA3Config, LoraConfig, TinyLoraConfig, VeraConfig
+
+SMALLEST = {
+    "TinyLoRA, all layers tied": TinyLoraConfig(target_modules=["q_proj", "v_proj"], weight_tying=1.0),
+    "FourierFT, 1 frequency": FourierFTConfig(target_modules=["q_proj"], n_frequency=1),
+    "VeRA r1, one layer": VeraConfig(target_modules=r".*\.31\.self_attn\.q_proj", r=1),
+    "IA3, one layer's keys": IA3Config(target_modules=r".*\.31\.self_attn\.k_proj", feedforward_modules=[]),
+    "LoRA r1, one layer's q": LoraConfig(target_modules=r".*\.31\.self_attn\.q_proj", r=1),
+}
+others = {name: peft_parameter_count(llama, config) for name, config in SMALLEST.items()}
+for name, count in sorted(others.items(), key=lambda each: each[1]):
+    print(f"{name:24s} {count:7,}")
+claim(26).observe(min(others.values()) / counted)
+
+# %% [markdown]
+# A number of parameters is a choice, not a property of a method; "fewest" is won by whoever sets it lowest.
+#
+# **Claim 23**: memory "Very Low", overhead "Negligible". Peak bytes of a training step against LoRA's (rank 8, all linear
+# layers), and FLOPs of a forward pass. **Predict**: a soft prompt has few numbers. What does it make the model keep?
+
+# %%
+from labs_lib.measure import peak_memory, time_ratios
+from labs_lib.methods.lora import inject_lora
+
+
+def step_of(model):
+    """One training step, after a first one that lets Adam make its states; and what it holds."""
+    optimizer = torch.optim.AdamW(trainable_parameters(model.train()), lr=1e-3)
+
+    def step():
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    return step, (model, optimizer, batch)
+
+
+ways = {"LoRA r8": lambda: inject_lora(lab.base()[0], "all-linear", rank=8, alpha=16)}
+ways |= {f"{n} tokens": lambda n=n: add_prompt(lab.base()[0], n) for n in (10, 200)}
+steps = {name: step_of(make()) for name, make in ways.items()}
+peaks = {name: peak_memory(step, *holding).peak for name, (step, holding) in steps.items()}
+
+# %%
+work = {n: count_flops(add_prompt(base, n), **inputs) / plain for n in (10, 200)}
+timed = time_ratios(
+    {name: step for name, (step, _) in steps.items()}, "LoRA r8", rounds=lab.rows(9), warmup=1
+)
+for n in (10, 200):
+    name = f"{n} tokens"
+    print(
+        f"{name:10s} peak {peaks[name] / peaks['LoRA r8']:.2f} of LoRA's, time {timed[name].ratio} of LoRA's"
+    )
+claim(23).observe(
+    parts={
+        "training_memory": {name: peaks[name] / peaks["LoRA r8"] for name in ways if name != "LoRA r8"},
+        "inference": {f"{n} tokens": ratio for n, ratio in work.items()},
+    }
+)
+
+# %% [markdown]
+# What grows is the *sequence*: each soft token costs what any token costs, in every layer, forward and backward, for every
+# row of the batch. Ten beside a long text are nothing. Two hundred are a second text. Published, with 200 tokens on a model
+# of 3 billion:
+
+# %%
+from labs_lib.measure import load_published
+
+bench = load_published("method_comparison")
+for each in bench["rows"]:
+    if each["method"] == "prompt" or each["label"] == "LoRA r32":
+        print(
+            f"{each['label']:33s} {each['accuracy']:4.1f} % right, {each['train_s']:4d} s, peak {each['peak_gib']} GiB, {each['parameters']:,.0f} numbers"
+        )
+
+# %% [markdown]
+# (A prompt that is the same for all can be read once and kept, as a cache of keys and values. Lab 09 trains that cache.)
+#
+# **Claim 24**: the chapter's sketch starts at random. Each start at its own best rate, paired seeds:
+
+# %%
+vocabulary = rows_of(PROMPT)
+against = {"N(0, 1)": "normal, size 1", "as far out as N(0, 1) on Llama": "normal, 50 times the table"}
+gaps = {
+    name: difference(rows_of(start), vocabulary)
+    for name, start in against.items()
+    if rows_of(start) and vocabulary
+}
+if gaps:
+    claim(24).observe(conditions=gaps)
+for name, start in against.items():
+    if name in gaps:
+        print(f"{name}: rules kept {difference(rows_of(start), vocabulary, 'compliance')} points")
+
+# %% [markdown]
+# **Claim 25**: prompt tuning "is only competitive with very large models". The three bases are 64, 128 and 256 wide. Twenty
+# soft tokens and full fine-tuning, each tuned on each. (`tiny` is the weaker writer to begin with; `small` and `medium` are
+# equally competent, so that step is the clean one.)
+#
+# **Predict**: by how much does the gap to full fine-tuning shrink when the width doubles?
+
+# %% tags=["hide-input"]
+BASES = {"tiny": [FAMILY["tiny"]], "small": [RECORDS["bakeoff"]], "medium": [FAMILY["medium"]]}
+WIDTHS = {"tiny": 64, "small": 128, "medium": 256}
+KEYS = {
+    "style, rules kept": (STYLE, "compliance"),
+    "style, exact texts": (STYLE, "score"),
+    "reviews": (REVIEWS, "score"),
+}
+cells = {
+    (what, base_, arm): {row["seed"]: 100 * row[key] for row in rows_of(arm, task, among=records)}
+    for what, (task, key) in KEYS.items()
+    for base_, records in BASES.items()
+    for arm in (PROMPT, FULL)
+}
+complete = all(cells.values())
+fig, axes = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True)
+for ax, what in zip(axes, KEYS, strict=True):
+    for arm in (FULL, PROMPT):
+        drawn = look(ARMS[arm])
+        have = [b for b in BASES if cells[what, b, arm]]
+        means = [np.mean(list(cells[what, b, arm].values())) for b in have]
+        ax.plot(
+            [WIDTHS[b] for b in have],
+            means,
+            drawn.linestyle,
+            color=drawn.color,
+            marker=drawn.marker,
+            label=drawn.label,
+        )
+        for b in have:
+            scores = list(cells[what, b, arm].values())
+            ax.plot([WIDTHS[b]] * len(scores), scores, ".", color=drawn.color, ms=4)
+    log_axis(ax, WIDTHS.values())
+    ax.set_ylim(0, 103)
+    finding(ax, what, "width of the model", "score (%)" if ax is axes[0] else "")
+axes[0].legend(loc="lower right")
+told = {
+    f"{what}, {b}": f"{np.mean(list(cells[what, b, PROMPT].values())):.0f} against {np.mean(list(cells[what, b, FULL].values())):.0f}"
+    for what in KEYS
+    for b in BASES
+    if complete
+}
+show(
+    fig,
+    alt=f"Scores of prompt tuning and full fine-tuning against the model's width of 64, 128, 256, for rules kept, exact texts and reviews. Prompt against full: {told}.",
+)
+
+
+# %%
+def trend(what):
+    """For each seed the slope of (prompt minus full fine-tuning) over the doublings of the width, in points."""
+    seeds = set.intersection(*(set(cells[what, b, arm]) for b in BASES for arm in (PROMPT, FULL)))
+    gaps = {s: [cells[what, b, PROMPT][s] - cells[what, b, FULL][s] for b in BASES] for s in sorted(seeds)}
+    return [float(np.polyfit(np.log2(list(WIDTHS.values())), gap, 1)[0]) for gap in gaps.values()]
+
+
+if complete:
+    claim(25).observe(conditions={what: trend(what) for what in ("style, rules kept", "reviews")})
+    for what in KEYS:
+        step = [
+            [cells[what, b, PROMPT][s] - cells[what, b, FULL][s] for s in (1, 2, 3)]
+            for b in ("small", "medium")
+        ]
+        print(f"{what}: from small to medium the gap moves by {paired_difference(step[1], step[0])} points")
+
+# %% [markdown]
+# A trend over three small models says which way it goes, not where it ends. In the paper prompt tuning meets full fine-tuning
+# at about 10 billion parameters, on SuperGLUE. What would tell: one task, from 100 million to 10 billion.
+#
+# **Claim 53**: soft tokens find "representations that no natural language token could express". The recorded seeds:
+
+# %%
+if vocabulary:
+    claim(53).observe(conditions={m: [row[m] for row in vocabulary] for m in ("euclidean", "cosine")})
+print(f"You predicted {predict_nearest:g} times the usual distance.")
+
+# %% [markdown]
+# Of vectors that is true. Of *what a prompt can get the model to do* it is not shown: the guide does more with words.
+
+# %% [markdown] tags=["takeaway"]
+# Twenty vectors are cheap to keep, and not free to read. What they can reach grows with the model; what a good written prompt
+# reaches you should measure first.
+
+# %% [markdown]
+# ## 6. When would you choose it?
+# When the model is large and knows the task already, the weights are out of reach or shared by everybody, and a file of a few
+# kilobytes per customer counts. A mixed batch needs no special kernel: every row brings its own vectors. For new knowledge, on a
+# small model, or where you cannot tune a rate, take LoRA; and try a written prompt before either.
+#
+# **The failure you will meet.** A batch of unequal texts is padded on the left to generate. PEFT's prompt tuning drops
+# `position_ids`, so the pads count: they push each text away from the prompt, by another distance in each row.
+#
+# *You should see* one of the two lose its style.
+
+
+# %%
+def padded(pads, rows):
+    """Prompts with so many pads on the left, more than they need."""
+    encoded = tokenizer(rows["prompt"], return_tensors="pt", padding=True, padding_side="left")
+    encoded = {key: value.to(lab.device) for key, value in encoded.items() if key != "token_type_ids"}
+    more = torch.full((len(rows["prompt"]), pads), tokenizer.pad_token_id, device=lab.device)
+    ids = torch.cat([more, encoded["input_ids"]], dim=1)
+    return ids, torch.cat([torch.zeros_like(more), encoded["attention_mask"]], dim=1)
+
+
+# %%
+import warnings
+
+from labs_lib.world.scorers import score_style
+
+warnings.filterwarnings("ignore", message="Position ids are not supported")
+save_prompt(model, folder / "trained", base="shipped")
+theirs = PeftModel.from_pretrained(lab.base()[0], folder / "trained").eval()
+few, PADS = style["test"][: lab.rows(16)], (0, 10, 40, 160)
+writes = {"ours": model.eval(), "PEFT": theirs}
+kept = {name: [] for name in writes}
+for pads in PADS:
+    ids, mask = padded(pads, few)
+    for name, each in writes.items():
+        options = {"max_new_tokens": 80, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+        with torch.no_grad():
+            out = each.generate(input_ids=ids, attention_mask=mask, **options)[:, ids.shape[1] :]
+        texts = tokenizer.batch_decode(out, skip_special_tokens=True)
+        kept[name].append(100 * score_style(texts, few["product"], tenant).compliance)
+
+# %% tags=["hide-input"]
+fig, ax = plt.subplots(figsize=(6.8, 3.2))
+for name, marker, line_ in (("ours", "o", "-"), ("PEFT", "s", "--")):
+    ax.plot(
+        PADS, kept[name], line_, marker=marker, color=own, label=f"{name}, the same prompt", clip_on=False
+    )
+ax.set_ylim(0, 100)
+ax.legend()
+lost = kept["PEFT"][0] - kept["PEFT"][-1]
+finding(
+    ax,
+    f"{PADS[-1]} pads cost PEFT's {lost:.0f} points, ours {kept['ours'][0] - kept['ours'][-1]:.0f}",
+    "pads on the left, beyond the batch's own",
+    "rules kept (%)",
+)
+show(
+    fig,
+    alt=f"Rules kept against the number of extra pads on the left, {list(PADS)}: ours {[round(k) for k in kept['ours']]}, PEFT {[round(k) for k in kept['PEFT']]} percent.",
+)
+
+# %% [markdown]
+# With PEFT: pad on the right while training, and generate in batches of equal length. More to know:
+#
+# - **A mixed batch.** A forward pass takes `adapter_names` and ignores it: every row gets the active prompt.
+# - **Your own decoding loop** through PEFT reads the prompt again at every step, cache or not.
+# - **Training on** from a saved prompt: `is_trainable=True` is refused. Load without it; the prompt trains all the same.
+# - **The logits** are longer by the prompt (section 2).
+
+# %% [markdown]
+# **One row for the map** of [He et al., 2022](https://arxiv.org/abs/2110.04366), every method as a change to a hidden state,
+# read off our own model:
+
+# %%
+from labs_lib.methods.unified import describe
+
+for row_ in describe(add_prompt(lab.base()[0].cpu().float(), 4), batch["input_ids"][:2].cpu()):
+    print(
+        f"where: {row_.where}\nreads: {row_.insertion}, form: {row_.form}, put together as {row_.composition}"
+    )
+    print(f"left of h: {row_.kept[0]:.2f} to {row_.kept[1]:.2f}, in {row_.blocks} blocks")
+
+# %% [markdown]
+# | Method | Where | $\Delta h$ | Scale |
+# |---|---|---|---|
+# | prompt tuning | every attention head, through the input | $p\,(D - h)$, $D$ a mean of the soft tokens' values | $p$, the share of attention drawn |
+#
+# In the first block that $D$ is what you trained. In later blocks it is what the frozen model made of it. Lab 09 trains keys
+# and values in every block instead.
+
+# %% [markdown]
+# ## 7. Go further
+# - **A real model.** `PROFILE = "gpu"` and a `MODEL_ID`: the same cells train it.
+# - **Concept exercise** (the chapter's): how does prepending learned "virtual tokens" differ from manual prompt engineering?
+#   Answer with three measurements of this lab.
+# - **Coding exercise** (the chapter's): its sketch says `prompt_tuning_init='RANDOM'`, "train normally with any SFT trainer", "at
+#   inference, the learned soft prompt is prepended automatically". What would you add to each of the three?
+# - **Open exercise 1.** Fifty customers in one batch: `prepend` for a batch in which each row has its own prompt.
+# - **Open exercise 2.** Start from the guide and train on. Does it stay perfect? What do you gain?
+
+# %% [markdown] tags=["student-only"]
+# *Your answers here.*
+
+# %% [markdown] tags=["solution-only"]
+# **Concept exercise.** *Search*: a written prompt is found by trying words, a soft one by gradient descent. Ours found fewer
+# rules than one line of words states. *Space*: the trained vectors lie several times as far from any token as tokens lie apart,
+# and putting them into words loses the style. So they are no words; but that is no proof of more power. *Handling*: a
+# text can be read, translated and moved to another model. Twenty vectors belong to one model, and a test set is all you have
+# to understand them. Both are read with every request and cost the same per token. (The chapter asks this of prefix tuning:
+# there, every layer has its own.)
+
+# %% [markdown] tags=["solution-only"]
+# **Coding exercise.** `RANDOM` draws numbers of size 1, far outside a table such as Llama's; take `SAMPLE_VOCAB` or `TEXT`, or tune
+# the rate for it. "Normally": at a rate ten to a hundred times LoRA's, with labels that leave out the question and the pads,
+# padded on the right. "Automatically": yes, through `generate`; padded on the left, PEFT shifts it, and a decoding loop of
+# your own reads it twice. Its share, 0.0006 %, is right.
+
+
+# %% tags=["solution-only"]
+def prepend_own(prompts, customer, embeds):
+    """As `prepend`, with the prompt of each row's customer: prompts (customers, tokens, width), customer (batch,)."""
+    return torch.cat([prompts[customer].to(embeds.dtype), embeds], dim=1)
+
+
+prompts, customer, embeds = torch.randn(3, 4, 8), torch.tensor([0, 2, 1, 0]), torch.randn(4, 5, 8)
+together = prepend_own(prompts, customer, embeds)
+alone = [prepend(prompts[c], embeds[i : i + 1])["inputs_embeds"] for i, c in enumerate(customer)]
+print("as if each were alone:", torch.equal(together, torch.cat(alone)))
+
+# %% tags=["solution-only"]
+onward = add_prompt(lab.base()[0], len(guide_ids), "text", ids=guide_ids, kind=PromptTuning)
+fit(
+    onward,
+    tokenizer,
+    style["train"][:],
+    **settings | {"lr": 0.1 * settings["lr"], "steps": lab.steps(30)},
+    progress=False,
+)
+after = style_quality(onward, tokenizer, test, tenant)
+print(f"from the guide: exact {as_told.exact:.0%} before, {after.exact:.0%} after")
+
+# %% [markdown] tags=["solution-only"]
+# **Answer 1.** One lookup. Prompts of different lengths need padding, and then positions, as in exercise 2.
+#
+# **Answer 2.** At a small rate it stays where it was: there is next to nothing left to learn. What training can add to a good
+# prompt is what the prompt leaves out.
+
+# %%
+progress()
