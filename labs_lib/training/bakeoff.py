@@ -1,9 +1,10 @@
 """`labs bakeoff`: all methods of the course by one protocol, and what each costs besides quality.
 
 One protocol for everybody: the same three learning rates for all tasks of an arm, half a decade apart, around the one
-that the method's own lab (or paper) found; where a task's best is at the edge of its grid, the grid grows, by two rates
-at most; of equally good rates the lowest wins, which forgets least; then fresh seeds at it. `sweep` runs it seed by
-seed: stopped early, every arm has equally many.
+that the method's own lab (or paper) found. Where a task's best is at the edge of its grid, the grid grows, by two rates
+at most; where even the best misses more than one in a hundred, the rates halfway to its neighbours are tried as well.
+Of equally good rates the lowest wins, which forgets least; then come fresh seeds. `sweep` runs it seed by seed: stopped
+early, every arm has equally many.
 """
 
 import argparse
@@ -63,12 +64,13 @@ ARMS = (
 
 BAKEOFF = Sweep(
     name="bakeoff",
-    note="All methods by five tasks: three rates by one seed, widened by up to two at an edge, then five fresh seeds.",
+    note="All methods by five tasks: three rates, up to two more at an edge and two between, then five fresh seeds.",
     arms=ARMS,
     tasks=TASKS,
     rates=(),
     seeds=5,
     widen=2,
+    refine=0.99,
     gentle=True,
 )
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
@@ -152,37 +153,43 @@ def points(sweep: Sweep, rows: list[dict]) -> Iterator[dict]:
     for arm in sweep.arms:
         for task in sweep.tasks:
             base = task.settings() | {"arm": arm.to_dict(), "stage": "sweep", "seed": 0}
-            choose = partial(best_rate, rows, arm, task.label, gentle=sweep.gentle)
-            rates = grid(choose, arm.rates or sweep.rates, sweep.widen)
+            choose = partial(best_point, rows, arm, task.label, gentle=sweep.gentle)
+            rates = grid(choose, arm.rates or sweep.rates, sweep.widen, sweep.refine)
             for lr in rates:
                 yield base | {"lr": lr}
-            best = choose(rates)
-            if best is not None:
+            if (best := choose(rates)) is not None:
                 for seed in range(1, 1 + sweep.seeds):
-                    yield base | {"lr": best, "stage": "final", "seed": seed}
+                    yield base | {"lr": best["lr"], "stage": "final", "seed": seed}
 
 
-def grid(choose: Callable, rates: tuple[float, ...], widen: int) -> tuple[float, ...]:
+def grid(
+    choose: Callable, rates: tuple[float, ...], widen: int = 0, refine: float = 0.0
+) -> tuple[float, ...]:
     """The rates to try: while the best is the first or the last, one more beyond it, by the same factor.
 
-    `choose` gives the best of some rates, None if they have not all been tried.
+    Then, if even the best scores less than `refine`, the rates halfway (in log) to its neighbours. `choose` gives the
+    best point of some rates, None if they have not all been tried.
     """
     rates = list(rates)
     for _ in range(widen):
         best = choose(tuple(rates))
-        if best == rates[0]:
+        if best and best["lr"] == rates[0]:
             rates.insert(0, float(f"{rates[0] ** 2 / rates[1]:.2g}"))
-        elif best == rates[-1]:
+        elif best and best["lr"] == rates[-1]:
             rates.append(float(f"{rates[-1] ** 2 / rates[-2]:.2g}"))
         else:
             break
-    return tuple(rates)
+    best = choose(tuple(rates))
+    if best and best["score"] < refine:
+        pairs = [pair for pair in pairwise(rates) if best["lr"] in pair]
+        rates += [float(f"{(low * high) ** 0.5:.2g}") for low, high in pairs]
+    return tuple(sorted(rates))
 
 
-def best_rate(
+def best_point(
     rows: list[dict], arm: Arm, task: str, rates: tuple[float, ...], gentle: bool = False
-) -> float | None:
-    """The learning rate with the best score of the first stage; None until all are in.
+) -> dict | None:
+    """The first stage's row with the best score; None until all rates are in.
 
     Ties go to the lower loss: held-out where that was watched, else of training. With `gentle` they go to the lower
     rate.
@@ -198,7 +205,15 @@ def best_rate(
         loss = row.get("held_loss", row["loss"])
         return row["score"], -(loss if loss is not None else float("inf"))
 
-    return max(done, key=merit)["lr"]
+    return max(done, key=merit)
+
+
+def best_rate(
+    rows: list[dict], arm: Arm, task: str, rates: tuple[float, ...], gentle: bool = False
+) -> float | None:
+    """The learning rate of best_point."""
+    best = best_point(rows, arm, task, rates, gentle)
+    return best and best["lr"]
 
 
 def _key(point: dict) -> str:

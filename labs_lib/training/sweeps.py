@@ -63,6 +63,7 @@ class Sweep:
 
     Attributes:
         widen: so many rates more may be tried, one by one, where an arm's best is at its grid's edge.
+        refine: where even the best of a grid scores less than this, the rates halfway to its neighbours are tried too.
         gentle: of rates that score the same take the lowest, which forgets least; else that of the lowest loss.
     """
 
@@ -74,11 +75,12 @@ class Sweep:
     seeds: int
     size: str = "small"
     widen: int = 0
+    refine: float = 0.0
     gentle: bool = False
 
     def to_dict(self) -> dict:
         """The definition; what is off is left out, so that logs of earlier sweeps keep their names."""
-        return {k: v for k, v in asdict(self).items() if k not in ("widen", "gentle") or v}
+        return {k: v for k, v in asdict(self).items() if k not in ("widen", "refine", "gentle") or v}
 
 
 def _lora(rank: int, targets: str | tuple[str, ...] = "all-linear", label: str = "all") -> Arm:
