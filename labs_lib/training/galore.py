@@ -144,7 +144,7 @@ def measure_step(
             remove()
     held = tensor_bytes(model, batch)
     return StepBytes(
-        weights=tensor_bytes(model),
+        weights=tensor_bytes(parameters),
         gradients=most,
         states=tensor_bytes(optimizers),
         first=peaks[0].peak - held,
