@@ -588,7 +588,7 @@ show(
 # `describe` fills it by experiment. It knows no method's name: it pushes the adapted model at one place and looks what moves.
 # Double the input: is $D$ linear? Push $h$: does $D$ notice? Double a trained vector: is it a scale?
 #
-# **Predict**: how many different rows will the methods of labs 01 to 13 have?
+# **Predict**: the methods of labs 01 to 13, how many kinds are they?
 
 # %% tags=["hide-input"]
 from labs_lib.methods.adalora import inject_adalora
@@ -602,7 +602,7 @@ from labs_lib.methods.rslora import inject_rslora
 from labs_lib.methods.unified import describe, mix_and_match
 from transformers import DynamicCache
 
-ALL = "all-linear"
+ALL, EVERY = "all-linear", "attention (q, k, v, o), ffn (gate, up, down)"
 MAKERS = {
     "LoRA": lambda m: inject_lora(m, ALL, 4, 8),
     "rsLoRA": lambda m: inject_rslora(m, ALL, 4, 8),
@@ -632,7 +632,8 @@ rows = []
 for name, found in designs.items():
     for each in found:
         low, high = each.kept
-        line = {"method": name, "where": each.where.replace("_proj", ""), "insertion": each.insertion}
+        where = each.where.replace("_proj", "").replace(EVERY, "every linear layer")
+        line = {"method": name, "where": where, "insertion": each.insertion}
         line |= {"form of D": each.form, "composition": each.composition, "scale": each.scale}
         rows.append(
             line | {"width": each.width, "h kept": f"{low:g}" if low == high else f"{low:.2f} to {high:.2f}"}
@@ -723,7 +724,7 @@ print(f"{count_parameters(hybrid).trainable:,} numbers")
 # then fresh seeds (`labs sweep mix_and_match`, `adapters`, and lab 08's prefixes).
 #
 # The two parts want rates a factor of ten apart: prefix numbers are of size 1, an adapter's start near 0. So there is one arm
-# with one rate for both, and two whose prefix gets ten times the adapters' rate.
+# with one rate for both (from `labs bakeoff`, facts only), and two whose prefix gets ten times the adapters' rate.
 
 # %% tags=["hide-input"]
 SOURCES = [
@@ -734,7 +735,7 @@ stable = load_record("sweep_prefix_stability", device="cpu")
 for each in (*SOURCES, stable):
     print(each)
 LORA2, PARALLEL, PREFIX = "LoRA r2, all linear", "parallel, 18 units", "prefix 18"
-ONE, SMALL, EVEN = "3 tokens, 15 units, one rate", "3 tokens, 15 units", "9 tokens, 9 units"
+ONE, SMALL, EVEN = "9 tokens, 9 units, one rate", "3 tokens, 15 units", "9 tokens, 9 units"
 LOOKS = {
     LORA2: "lora",
     PREFIX: "prefix",
@@ -751,7 +752,13 @@ def rows_of(arm, task, stage="final"):
         rows = [r for r in source.rows if (r["arm"]["name"], r["label"], r["stage"]) == (arm, task, stage)]
         if rows:
             return sorted(rows, key=lambda row: row["seed"])
-    if arm == PREFIX and stable:
+    if arm == ONE and task == FACTS and bakeoff:  # the same task there; its style has smaller batches
+        return [
+            r
+            for r in bakeoff.rows
+            if (r["arm"]["name"], r["label"], r["stage"]) == ("mix-and-match", task, stage)
+        ]
+    if arm == PREFIX and task == "style" and stable:
         first = [r for r in stable.rows if r["stage"] == "sweep" and r["arm"]["name"].startswith("direct")]
         best = max(first, key=lambda row: row["score"])["lr"]
         direct = [r for r in stable.rows if r["stage"] == stage and r["arm"]["name"].startswith("direct")]
@@ -954,9 +961,9 @@ table(rows)
 
 # %% [markdown]
 # ## 6. When would you choose it?
-# VeRA and TinyLoRA when a file must be tiny: thousands of adapters, kilobytes each. OFT or BOFT where what the base knows must stay in
-# place (they were made for image models), and where their time does not hurt. MiSS when LoRA's memory or speed pinches. Otherwise LoRA:
-# it is what engines serve in mixed batches.
+# VeRA when the file must be small (and save it without its random pair: `save_projection=False`). MiSS when LoRA's time or memory
+# pinches. OFT and BOFT where a bounded change is the point, as for the image models they were made for, and time is no issue.
+# Otherwise LoRA: it is what engines serve in mixed batches.
 #
 # **The failure you will meet**: PEFT's LoRA takes `adapter_names`, one adapter per row of a batch. Most of the zoo takes it too,
 # and does not look at it.
