@@ -179,7 +179,7 @@ def grid(
             rates.append(float(f"{rates[-1] ** 2 / rates[-2]:.2g}"))
         else:
             break
-    best = choose(tuple(rates))
+    best = choose(tuple(rates)) if refine else None
     if best and best["score"] < refine:
         pairs = [pair for pair in pairwise(rates) if best["lr"] in pair]
         rates += [float(f"{(low * high) ** 0.5:.2g}") for low, high in pairs]

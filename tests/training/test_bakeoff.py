@@ -21,6 +21,7 @@ TINY = dataclasses.replace(
     seeds=2,
     size="tiny",
     widen=0,
+    refine=0.0,
 )
 
 
@@ -50,7 +51,8 @@ def test_the_effort_is_equal():
         low, middle, high = arm.rates
         assert 2.9 < middle / low < 3.4 and 2.9 < high / middle < 3.4
         assert not {"examples", "watch", "fresh"} & set(arm.options)
-    assert bakeoff.BAKEOFF.seeds == 5 and bakeoff.BAKEOFF.widen == 2 and bakeoff.BAKEOFF.gentle
+    sweep = bakeoff.BAKEOFF
+    assert (sweep.seeds, sweep.widen, sweep.refine, sweep.gentle) == (5, 2, 0.99, True)
     assert [task.facts for task in bakeoff.TASKS if task.facts] == [32, 128, 512]
 
 
@@ -65,9 +67,28 @@ def test_of_equally_good_rates_the_lowest_wins():
     assert sweeping.best_rate(rows, arm, "t", (1, 2, 3), gentle=True) == 1
 
 
+@pytest.mark.parametrize(
+    ("scores", "more"),
+    [
+        (
+            {1e-3: 0.5, 1e-2: 0.8, 1e-1: 0.2},
+            {3.2e-3, 3.2e-2},
+        ),  # something to be gained: both sides of the best
+        ({1e-3: 0.5, 1e-2: 1.0, 1e-1: 0.2}, set()),
+        ({1e-3: 0.9, 1e-2: 0.8, 1e-1: 0.2}, {3.2e-3}),  # at the edge there is one side only
+    ],
+)
+def test_a_grid_is_refined_around_a_best_that_is_not_perfect(scores, more):
+    def choose(rates):
+        known = [{"lr": lr, "score": scores[lr]} for lr in rates]
+        return max(known, key=lambda row: row["score"])
+
+    assert set(sweeping.grid(choose, tuple(scores), refine=0.99)) - set(scores) == more
+
+
 def test_the_names_of_earlier_logs_do_not_change():
     plain = Sweep("s", "", (Arm("a"),), TINY.tasks, (1e-3,), 1)
-    assert not {"widen", "gentle"} & set(plain.to_dict())
+    assert not {"widen", "refine", "gentle"} & set(plain.to_dict())
     assert dataclasses.replace(plain, gentle=True).to_dict()["gentle"]
 
 
