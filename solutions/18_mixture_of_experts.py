@@ -225,7 +225,7 @@ def shares_of(prompt, completion):
     read = tokenizer(prompt + completion, return_tensors="pt")["input_ids"].to(lab.device)
     mixture(input_ids=read)
     told = torch.stack([gate.weights[0, :, 1] for gate in gates_of(mixture).values()])
-    return [tokenizer.decode(each).replace("\n", "⏎") or "·" for each in read[0]], told.float().cpu()
+    return [tokenizer.decode(each).replace("\n", "\\n") or "·" for each in read[0]], told.float().cpu()
 
 
 seen = {
