@@ -372,8 +372,8 @@ for task, label in TASKS.items():
             print(f"{label:13s} prompt minus {arm:8s} {gap} points, paired seeds")
 
 # %% [markdown]
-# (The old facts are asked *with* the soft prompt in front. Without it all of them are there, since no weight was changed. No
-# other arm of this table can say that.)
+# (The old facts are asked *with* the soft prompt in front. Take it off, and all of them are there: no weight was changed. So it
+# is with any adapter that was not merged.)
 #
 # **Was it trained too little?** Four times the steps, rates tuned again:
 
@@ -746,8 +746,19 @@ claim(23).observe(
 
 # %% [markdown]
 # What grows is the *sequence*: each soft token costs what any token costs, in every layer, forward and backward, for every
-# row of the batch. Ten beside a long text are nothing. Two hundred are a second text. Published, with 200 tokens on a model
-# of 3 billion:
+# row of the batch. Ten beside a long text are little. Two hundred are a second text:
+
+# %%
+with torch.device("meta"):
+    page = {"input_ids": torch.ones(1, 512, dtype=torch.long)}
+    alone = count_flops(llama, **page)
+    for n in (10, 200):
+        print(
+            f"Llama-2-7B, {n} before 512 tokens: {count_flops(add_prompt(llama, n), **page) / alone:.2f} x FLOPs"
+        )
+
+# %% [markdown]
+# And published, 200 tokens on a model of 3 billion:
 
 # %%
 from labs_lib.measure import load_published
@@ -879,9 +890,9 @@ print(f"You predicted {predict_nearest:g} times the usual distance.")
 
 # %% [markdown]
 # ## 6. When would you choose it?
-# When the model is large and knows the task already, the weights are out of reach or shared by everybody, and a file of a few
-# kilobytes per customer counts. A mixed batch needs no special kernel: every row brings its own vectors. For new knowledge, on a
-# small model, or where you cannot tune a rate, take LoRA; and try a written prompt before either.
+# When a large model knows the task already, its weights are shared by everybody, and a file of a few kilobytes per customer
+# counts. A mixed batch needs no special kernel: every row brings its own vectors. For new knowledge, on a small model, or where
+# you cannot tune a rate, take LoRA; and try a written prompt before either.
 #
 # **The failure you will meet.** A batch of unequal texts is padded on the left to generate. PEFT's prompt tuning drops
 # `position_ids`, so the pads count: they push each text away from the prompt, by another distance in each row.
@@ -986,8 +997,8 @@ for row_ in describe(add_prompt(lab.base()[0].cpu().float(), 4), batch["input_id
 # rules than one line of words states. *Space*: the trained vectors lie several times as far from any token as tokens lie apart,
 # and putting them into words loses much of what they do. So they are no words; but that is no proof of more power. *Handling*: a
 # text can be read, translated and moved to another model. Twenty vectors belong to one model, and a test set is all you have
-# to understand them. Both are read with every request and cost the same per token. (The chapter asks this of prefix tuning:
-# there, every layer has its own.)
+# to understand them. Both cost the same per token. (The chapter asks this of prefix tuning, where every layer has vectors of its
+# own.)
 
 # %% [markdown] tags=["solution-only"]
 # **Coding exercise.** `RANDOM` draws numbers of size 1, far outside a table such as Llama's; take `SAMPLE_VOCAB` or `TEXT`, or tune
