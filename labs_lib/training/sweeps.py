@@ -191,7 +191,7 @@ def _prefix(tokens: int, hidden: int | None = None, rates: tuple[float, ...] = _
     return Arm(name, method="prefix", options=options, rates=rates)
 
 
-_PROMPT_RATES = (3e-2, 1e-1, 3e-1)
+_PROMPT_RATES, _PROMPT_NEAR = (3e-2, 1e-1, 3e-1), (3e-2, 5.5e-2, 1e-1)
 
 
 def _prompt(tokens: int, init: str = "vocab", rates: tuple[float, ...] = _PROMPT_RATES, **more) -> Arm:
@@ -521,18 +521,25 @@ SWEEPS = {
             rates=(),
             seeds=5,
             widen=2,
+            refine=0.99,
             gentle=True,
         ),
         Sweep(
             name="prompt_tokens",
             note="The bake-off's style: prompt tuning by the number of tokens, and from other starts.",
             arms=(
-                _prompt(6),
-                _prompt(60),
-                _prompt(2),
-                _prompt(20, "random", name="normal, as the table", std=0.12),
+                _prompt(6, rates=_PROMPT_NEAR),
+                _prompt(60, rates=_PROMPT_NEAR),
+                _prompt(2, rates=_PROMPT_NEAR),
+                _prompt(20, "random", _PROMPT_NEAR, name="normal, as the table", std=0.12),
                 _prompt(20, "guide", (3e-3, 1e-2, 3e-2), name="the guide"),
-                _prompt(20, "text", name="a text", text="Fathom Eleven, adventure brand for members:\n"),
+                _prompt(
+                    20,
+                    "text",
+                    _PROMPT_NEAR,
+                    name="a text",
+                    text="Fathom Eleven, adventure brand for members:\n",
+                ),
             ),
             tasks=(replace(_STYLE, batch=8),),
             rates=(),
@@ -549,6 +556,7 @@ SWEEPS = {
             seeds=3,
             size="medium",
             widen=1,
+            refine=0.99,
             gentle=True,
         ),
         Sweep(
@@ -560,6 +568,7 @@ SWEEPS = {
             seeds=3,
             size="tiny",
             widen=1,
+            refine=0.99,
             gentle=True,
         ),
         Sweep(
@@ -612,6 +621,15 @@ SWEEPS = {
             tasks=(_WAYBILLS,),
             rates=(),
             seeds=5,
+            widen=2,
+        ),
+        Sweep(
+            name="galore_control",
+            note="The same by Adam with the matrices at a quarter of the rate, which is what GaLore's scale does.",
+            arms=(replace(_FULL, name="Adam, scaled", rates=_GALORE_RATES, options={"matrices": 0.25}),),
+            tasks=(_WAYBILLS,),
+            rates=(),
+            seeds=3,
             widen=2,
         ),
         Sweep(
