@@ -472,7 +472,7 @@ print(
 
 # %%
 from labs_lib import fit
-from labs_lib.measure import load_record, mean_ci
+from labs_lib.measure import load_record, mean_ci, paired_difference
 from labs_lib.measure.quality import perplexity
 
 SOURCES = [
@@ -725,7 +725,7 @@ print(layers[:2])
 # at most one.
 
 # %%
-quality = {}
+quality, seeds = {}, []
 for condition, ours, fresh in (
     ("waybills, continued", GALORE, False),
     ("waybills, from scratch", SCRATCH, True),
@@ -733,6 +733,17 @@ for condition, ours, fresh in (
     pair = [{r["seed"]: r["perplexity"] for r in rows_of(arm, fresh=fresh)} for arm in (ours, FULL)]
     seeds = sorted(pair[0].keys() & pair[1].keys())
     quality[condition] = mean_ci([100 * (1 - pair[0][s] / pair[1][s]) for s in seeds])
+bakeoff = load_record("sweep_bakeoff", device="cpu")  # lab 14: GaLore of rank 8 among all other methods
+finals = [row for row in bakeoff.rows if row["stage"] == "final"]
+for task in dict.fromkeys(row["label"] for row in finals):
+    rows = [row for row in finals if row["label"] == task]
+    pair = [
+        {r["seed"]: 100 * r["score"] for r in rows if r["arm"]["method"] == method}
+        for method in ("galore", "full")
+    ]
+    both = sorted(pair[0].keys() & pair[1].keys())
+    if both:
+        quality[task] = paired_difference([pair[0][s] for s in both], [pair[1][s] for s in both])
 claim(40).observe(conditions=quality, seeds=seeds)
 print(
     f"You predicted {predict_gap:+g} %; measured, continued: {-quality['waybills, continued'].value:+.1f} %."

@@ -31,7 +31,22 @@ class Adapted:
 
 
 def full(model, arm: "Arm", seed: int, steps: int) -> Adapted:
-    return Adapted(model.requires_grad_(True))
+    """All weights; with the option `matrices` the target layers learn at so many times the rate."""
+    import torch
+
+    from labs_lib.methods.galore import galore_groups
+
+    model = model.requires_grad_(True)
+    if "matrices" not in arm.options:
+        return Adapted(model)
+    rest, matrices = (group["params"] for group in galore_groups(model, arm.targets, rank=1))
+    factor = arm.options["matrices"]
+
+    def make(lr: float) -> torch.optim.Optimizer:
+        groups = [{"params": rest, "lr": lr}, {"params": matrices, "lr": factor * lr}]
+        return torch.optim.AdamW(groups, weight_decay=0.0)
+
+    return Adapted(model, optimizer=make)
 
 
 def lora(model, arm: "Arm", seed: int, steps: int) -> Adapted:
@@ -324,7 +339,9 @@ def zoo(model, arm: "Arm", seed: int, steps: int) -> Adapted:
             update = update_of(model, name)
             spectra.append(spectrum(update))
             sizes.append((update.norm() / layer.base.weight.norm()).item())
-        ranks = {kind: [getattr(each, kind) for each in spectra] for kind in ("effective_rank", "stable_rank")}
+        ranks = {
+            kind: [getattr(each, kind) for each in spectra] for kind in ("effective_rank", "stable_rank")
+        }
         return {kind: round(fmean(values), 3) for kind, values in (ranks | {"change": sizes}).items()}
 
     return Adapted(model, finish=finish)

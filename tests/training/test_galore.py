@@ -380,3 +380,12 @@ def test_a_point_on_waybills_from_pretrained_and_from_random_weights():
         assert row["score"] == pytest.approx(1 / row["perplexity"]) and row["params"] == 320_064
     assert rows[0]["kept"] > 0.5 and rows[1]["kept"] == 0  # random weights know no fact
     assert 1000 < rows[1]["perplexity"] < 3000  # and hold every token of about 1,000 as likely
+
+
+def test_the_control_slows_the_matrices_only():
+    model = tiny()
+    adapted = METHODS["full"](model, Arm("scaled", "full", options={"matrices": 0.25}), 0, 10)
+    rest, matrices = adapted.optimizer(1e-2).param_groups
+    assert (rest["lr"], matrices["lr"]) == (1e-2, 2.5e-3) and matrices["weight_decay"] == 0
+    assert len(rest["params"]) + len(matrices["params"]) == len(list(model.parameters()))
+    assert METHODS["full"](model, Arm("full", "full"), 0, 10).optimizer is None
