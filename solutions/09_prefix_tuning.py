@@ -291,7 +291,7 @@ from labs_lib.world.grammar import guide_line
 
 guide = f"Guide: {guide_line(tenant.style)}\n"
 guide_ids = tokenizer(guide)["input_ids"]
-read = PrefixTuning(base, text_prefix(base, guide_ids), DynamicCache)
+read = PrefixTuning(lab.base()[0], text_prefix(base, guide_ids), DynamicCache)
 test = style_task["test"][: lab.rows(48)]
 print(guide, f"{len(guide_ids)} tokens, {count_parameters(read).trainable:,} numbers", sep="")
 print("base:", f"{style_quality(base, tokenizer, test, tenant).exact:.0%} exact;", end=" ")
@@ -316,13 +316,13 @@ mask = torch.cat([torch.zeros_like(pads), torch.ones_like(ids)], dim=1)
 padded = {"input_ids": torch.cat([pads, ids], dim=1), "attention_mask": mask}
 positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 rows, LORA2 = [], {"targets": "all-linear", "rank": 2, "alpha": 4}
-lora = inject_lora(lab.base()[0], **LORA2, generator=drawn(1)).eval()
+lora, tuned = inject_lora(lab.base()[0], **LORA2, generator=drawn(1)).eval(), direct(10).eval()
 for name, model, wanted in (
     ("LoRA", lora, {}),
     ("LoRA, positions given", lora, positions),
-    ("prefix, ours", there_ := direct(10).eval(), {}),
-    ("prefix, ours, positions given", there_, positions),
-    ("prefix, PEFT's, positions given", peft_of(there_), positions),
+    ("prefix, ours", tuned, {}),
+    ("prefix, ours, positions given", tuned, positions),
+    ("prefix, PEFT's, positions given", peft_of(tuned), positions),
 ):
     with torch.no_grad():
         alone, beside = model(input_ids=ids).logits, model(**padded, **wanted).logits[:, 10:]
@@ -339,6 +339,8 @@ table(rows)
 # and Adam moves each by the learning rate, so rates that suit LoRA would leave them where they are.
 
 # %% tags=["hide-input"]
+from types import SimpleNamespace
+
 from labs_lib.measure import load_record, mean_ci, paired_difference
 
 NAMES = (
@@ -355,6 +357,13 @@ for each in SOURCES[:4]:
     print(each)
 FACTS, STYLE, LONG = "knowledge, 512 facts", "style", "knowledge, 900 steps"
 PREFIX, WORDS, QV, ALL2 = "prefix 18", "prefix 18, from words", "LoRA r9, q and v", "LoRA r2, all linear"
+
+# Of the record of rates by seeds (claim 12) the direct prefix, at the rate that did best on other texts
+grid = [row for row in load_record("sweep_prefix_stability").rows if row["arm"]["name"].startswith("direct")]
+tried = [row for row in grid if row["stage"] == "sweep"]
+best = max(tried, key=lambda row: (row["score"], -row["loss"]))["lr"]
+finals = [row for row in grid if row["stage"] == "final" and row["lr"] == best]
+SOURCES.append(SimpleNamespace(rows=[row | {"arm": {"name": PREFIX}} for row in tried + finals]))
 
 
 def rows_of(arm, task, stage="final", steps=None):
@@ -434,7 +443,7 @@ predict_facts = check(predict_facts, "lab09.predict_facts")
 ARMS = (PREFIX, WORDS, QV, "LoRA r4, attention", "LoRA r3, MLP", ALL2)
 lines = []
 for task in (STYLE, FACTS):
-    for arm in ARMS:
+    for arm in (*ARMS, "prefix 74", "LoRA r8, all linear"):
         rows = rows_of(arm, task)
         if not rows:
             continue
@@ -536,7 +545,11 @@ show(
 )
 
 # %% [markdown]
-# PLACEHOLDER time.
+# Six times the steps, and the prefix recalls most of the facts. "A prefix cannot hold facts" would have been wrong. What the bars
+# showed is who is *faster*. LoRA on q and v, from the same place and with as many numbers, needs the same patience and then
+# gets further. Where the MLP may change too, 300 steps are enough. And nobody packs as much into a number as IA3.
+#
+# So time was one suspect, and place another. The form is left.
 
 # %% [markdown]
 # **Form.** What does the prefix say to a head? At each token a weighted mean of 18 constants. So take the weights away: in every
@@ -745,14 +758,24 @@ def around(kind, steps):
 
 shared = [lr for lr in runs["direct"] if lr in runs["projected"]]
 ratios = {"the same rates for both": spread_ratio(dict.fromkeys(KINDS, shared))}
-for steps, far in ((1, 3), (3, 30)):
-    windows = {kind: around(kind, steps) for kind in KINDS}
-    if len({len(window) for window in windows.values()}) == 1 and len(windows["direct"]) == 2 * steps + 1:
-        ratios[f"within {far} times each one's best rate"] = spread_ratio(windows)
+windows = {kind: around(kind, 2) for kind in KINDS}
+if all(len(window) == 5 for window in windows.values()):
+    ratios["within 10 times each one's own best"] = spread_ratio(windows)
 claim(12).observe(conditions=ratios, seeds=SEEDS)
 
 # %% [markdown]
-# PLACEHOLDER claim 12.
+# Both are true, and they do not contradict each other. On one grid for both, the direct prefix spreads more, because half of
+# that grid is too slow for it: it is not unstable there, it has hardly moved. Around its own best rate the projected one
+# spreads more: to the right of its valley it climbs faster, and seeds part. Equally many rates give 90 % exact texts.
+#
+# What the projection does buy: the rates that everybody uses work, and its best is the better one, in texts and above all in
+# what the model still knows:
+
+# %%
+for kind in KINDS:
+    for lr in good[kind]:
+        rows = list(runs[kind][lr].values())
+        print(f"{kind:9s} rate {lr:<6g} exact {percent(rows)} %, old facts kept {percent(rows, 'kept')} %")
 
 # %% [markdown]
 # **Claim 13**: for classification, prefix tuning is "strong at steering attention". The task: is a review good or bad, where 40 %
@@ -798,7 +821,14 @@ for when in REVIEWS:
 claim(13).observe(conditions=measured)
 
 # %% [markdown]
-# PLACEHOLDER claim 13.
+# Not here. After 40 steps LoRA is ahead or not to be told apart, and what prefixes get wrong are the negations. After 120 steps
+# everybody gets everything right, so nothing is left to choose by but what was forgotten. A task with a ceiling does not rank
+# methods; the chapter's sentence needs a harder one. Those who proposed the method did not claim it either:
+
+# %%
+for report in claim(13).reported:
+    print(f"{report['text']}: {report['source']['cite']}")
+print(claim(13).would_tell)
 
 # %% [markdown]
 # **Claim 14**: the cost at inference is "small (longer KV cache)". Bytes first: what a sequence's cache holds with the prefix and
@@ -865,7 +895,6 @@ def decoding(model):
     return step
 
 
-base.set_attn_implementation("sdpa")
 lengths = lab.grid([10, 30, 100, 200])
 models = {0: base} | {n: direct(n).eval() for n in lengths}
 guided = torch.cat([torch.tensor([guide_ids] * len(prompts), device=lab.device), prompts], dim=1)
@@ -965,8 +994,11 @@ table(lines or [{"start": "no record"}])
 
 # %% [markdown]
 # ## 6. When would you choose it?
-# PLACEHOLDER when.
-#
+# When you may not touch weights, but can fill a cache. When what you want could be said: then read it once and keep the cache, no
+# training at all. When many customers share a batch and differ in manner, not in knowledge. Not for many new facts in few
+# steps, not with a long context to fill (every virtual token takes a position), and not with the next line in your script.
+
+# %% [markdown]
 # **The failure you will meet**: gradient checkpointing, which everybody switches on to save memory. It computes every layer twice
 # and keeps no cache, and the prefix *is* a cache ([PEFT 869](https://github.com/huggingface/peft/issues/869),
 # [2449](https://github.com/huggingface/peft/issues/2449)). Switched on before, PEFT says so. Switched on after, it is a riddle:
