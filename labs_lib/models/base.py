@@ -82,19 +82,19 @@ def load_base(
         (model in eval mode, tokenizer padding on the left).
 
     Raises:
-        LabsError: a name that is neither, or a shipped file that is missing or changed. A hub id that cannot be fetched
-            falls back to the shipped base and says so.
+        LabsError: a name that is neither, a model that does not fit into memory, or a shipped file that is missing or
+            changed. A hub id that cannot be fetched falls back to the shipped base and says so.
     """
     if name in SIZES:
         return _load(_verified(name), dtype, device, quantise)
     if Path(name).is_dir():
-        return _load(Path(name), dtype, device, quantise)
+        return _load_foreign(Path(name), dtype, device, quantise)
     if "/" not in name:
         raise LabsError(
             f"No base {name!r}: one of {', '.join(SIZES)}, a folder, or a hub id such as HuggingFaceTB/SmolLM2-135M."
         )
     try:
-        return _load(name, dtype, device, quantise)
+        return _load_foreign(name, dtype, device, quantise)
     except (OSError, ConnectionError, ImportError) as error:
         reason = str(error).splitlines()[0][:160]
         warnings.warn(
@@ -124,6 +124,16 @@ def _verified(size: str) -> Path:
         )
     verify(*(f"base/{size}/{name}" for name in ("model.safetensors", "config.json", "tokenizer.json")))
     return folder
+
+
+def _load_foreign(source: Path | str, dtype, device: str, quantise: str | None):
+    """A model that is not of the family: of any size, so that it is asked first whether it fits."""
+    import torch
+
+    from labs_lib.models.room import check_room
+
+    check_room(source, dtype or torch.float32, device, quantise)
+    return _load(source, dtype, device, quantise)
 
 
 def _load(source: Path | str, dtype, device: str, quantise: str | None):
