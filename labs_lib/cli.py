@@ -30,6 +30,10 @@ COMMANDS = {
         "labs_lib.training.composition",
         "put two trained adapters together in every way; resumes where it stopped",
     ),
+    "spectra": (
+        "labs_lib.training.spectra",
+        "are gradients low-rank, and how long does a basis stay right; resumes where it stopped",
+    ),
     "mix": (
         "labs_lib.training.mixtures",
         "two adapters, requests that need both: mixtures, merges; resumes where it stopped",

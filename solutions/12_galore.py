@@ -1,5 +1,5 @@
 """Lab 12, GaLore. Its records are `labs sweep galore`, `galore_lora`, `galore_scratch`, `galore_rank` and `galore_gap`,
-and `python -m labs_lib.training.spectra`."""
+and `labs spectra`."""
 
 # %% tags=["parameters"]
 PROFILE = ""  # "" chooses for this machine; or "smoke", "cpu", "t4", "gpu"
@@ -141,7 +141,8 @@ PROJECTION = {"update_proj_gap": 200, "scale": 1.0, "proj_type": "left"}
 for name, group in (("Adam", ADAM), ("GaLore", ADAM | PROJECTION | {"rank": 1})):
     weight, state = torch.zeros(2, 2), {}
     galore_step(weight, torch.tensor([[3.0, 0.0], [0.0, 1.0]]), state, group)
-    print(f"{name:6s} {weight.tolist()}, averages of shape {tuple(state['exp_avg'].shape)}")
+    diagonal = [round(each, 2) for each in weight.diagonal().tolist()]
+    print(f"{name:6s} diagonal {diagonal}, averages of shape {tuple(state['exp_avg'].shape)}")
 
 # %% [markdown]
 # **Exercise 3: one gradient at a time.** With the states gone, gradients are the next largest thing: as many numbers as
@@ -601,7 +602,7 @@ for gap, values in gaps.items():
     print(f"rank 4, a new basis every {gap:3d} steps: perplexity {mean_ci(values)}")
 
 # %% [markdown]
-# **Why so?** A second record (`python -m labs_lib.training.spectra`) asks how long a basis stays right: one batch of 16
+# **Why so?** A second record (`labs spectra`) asks how long a basis stays right: one batch of 16
 # makes the basis; other batches, at the same step and later, are projected onto it. Dashed: what each gradient's *own* first
 # directions would keep. **Predict** how far below the dashed line the solid one starts, at age 0.
 
@@ -714,11 +715,34 @@ claim(43).observe(
 )
 
 # %% [markdown]
-# TODO layers
+# "Low-rank" is a fact about a model, a text *and* a batch: one example has the rank of its tokens at most, and many examples
+# fill the space. **Which layers** need most directions? Rank 4, the largest batch, the last step of each run:
 
 # %% tags=["hide-input"]
-layers = list(gradient_energy_names := curves)
-print(layers[:2])
+LAYERS = list(curves)  # the record's layers stand in the model's order
+KINDS = list(dict.fromkeys(name.rpartition(".")[2] for name in LAYERS))
+fig, ax = plt.subplots(figsize=(8, 3.2))
+worst = []
+for start, marker in zip(STARTS, "osD", strict=True):
+    last = max(step for each, step in cells if each == start)
+    found = [s["energy"]["4"] for row in spectra.rows if row["start"] == start
+             for s in row["spectra"] if (s["step"], s["batch"]) == (last, SIZES[-1])]  # fmt: skip
+    mean = 100 * np.mean(found, axis=0)
+    by_kind = [
+        np.mean([m for m, name in zip(mean, LAYERS, strict=True) if name.endswith(kind)]) for kind in KINDS
+    ]
+    worst.append(KINDS[int(np.argmin(by_kind))])
+    ax.plot(
+        range(len(KINDS)), by_kind, marker=marker, color=own, alpha=0.9, ls=":", label=f"{start}, step {last}"
+    )
+ax.set_xticks(range(len(KINDS)), KINDS)
+ax.set_ylim(0, 100)
+ax.legend(size=8)
+finding(ax, f"Hardest to compress: {', '.join(dict.fromkeys(worst))}", "", "energy in 4 of 128 (%)")
+show(
+    fig,
+    alt=f"Energy in the first 4 directions by kind of layer, one line per model. The lowest are {', '.join(dict.fromkeys(worst))}.",
+)
 
 # %% [markdown]
 # **Claim 40**: "no loss in quality compared to full-rank Adam". In points; of a perplexity, per cent. We read "no loss" as

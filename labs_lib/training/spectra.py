@@ -1,4 +1,4 @@
-"""`python -m labs_lib.training.spectra`: are gradients low-rank, and how long does a basis stay right?
+"""`labs spectra`: are gradients low-rank, and how long does a basis stay right?
 
 Three models of the small base's shape, three seeds each: random weights and pretrained ones, both trained on waybills
 by Adam, and the pretrained one on the text it was pretrained on, untrained. At some steps, for several batch sizes: the
@@ -148,15 +148,19 @@ def run(limit: int | None = None) -> Path | None:
     return save_record(Record("galore_spectra", rows, note=note))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m labs_lib.training.spectra", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=int, default=None, help="stop after so many runs; the next call goes on"
     )
-    path = run(parser.parse_args().limit)
+
+
+def main(args: argparse.Namespace) -> int:
+    path = run(args.limit)
     print(f"recorded in {path}" if path else "stopped early; run the same command to go on")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    raise SystemExit(main(parser.parse_args()))
