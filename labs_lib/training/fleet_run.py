@@ -192,8 +192,8 @@ def run_fleet(
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     rows = {row["tenant"]: row for row in done if (folder / row["tenant"]).is_dir()}
     missing = [slug for slug in tenants if slug not in rows]
-    if rows:
-        print(f"{len(rows)} of {len(tenants)} tenants are trained already, in {folder}")
+    if len(missing) < len(tenants):
+        print(f"{len(tenants) - len(missing)} of {len(tenants)} tenants are trained already, in {folder}")
     todo = [
         Work(tuple(missing[i : i + together]), recipe, size, device) for i in range(0, len(missing), together)
     ]
