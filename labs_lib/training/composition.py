@@ -45,10 +45,9 @@ TWICE = {  # one adapter as large as two
     "lora": replace(ARMS["lora"], rank=2 * RANK, alpha=4 * RANK),
 }
 RATES = {  # way that trains -> the rates it tries; one more where the best is at the edge
-    "weights": (1e-2, 3e-2, 1e-1),
     "fusion": (1e-3, 3e-3, 1e-2),
-    "fresh": (3e-3, 1e-2, 3e-2),
-    "one": (1e-2,),  # the adapters' best on facts
+    "fresh": (1e-2,),  # found in `labs sweep adapters`
+    "one": (1e-2,),
 }
 WIDEN = 1
 SKILLS = ("first", "second")
@@ -56,7 +55,7 @@ WAYS = {
     "adapter": (
         *SKILLS,
         *("first, second", "second, first", "sum", "mean"),
-        *("weights", "fusion", "fresh", "one"),
+        *("fusion", "fresh", "one"),
     ),
     "lora": (*SKILLS, "sum", "mean"),
 }
@@ -67,7 +66,6 @@ MEANS = {  # what each way is, in words
     "second, first": "stacked, second one first",
     "sum": "both added",
     "mean": "half of each",
-    "weights": "added with trained weights, two numbers per layer",
     "fusion": "AdapterFusion, trained",
     "fresh": "a new adapter, trained like the fusion",
     "one": "one adapter of twice the size, trained on both",
@@ -256,18 +254,16 @@ def fill(own: "dict[str, torch.Tensor]", values: "dict[str, torch.Tensor]") -> N
         tensor.copy_(values[key])
 
 
-def mixture(start: float) -> Callable[..., "nn.Module"]:
-    """A fusion for fuse_adapters that adds two adapters with weights of their own, both `start` at first."""
-    import torch
+def mixture(share: float) -> Callable[..., "nn.Module"]:
+    """A fusion for fuse_adapters that trains nothing: `share` of what each adapter would add."""
     from torch import nn
 
     class Mixture(nn.Module):
         def __init__(self, width: int, generator=None) -> None:
             super().__init__()
-            self.weights = nn.Parameter(torch.full((2,), start))
 
         def forward(self, h, changes):
-            return (self.weights[:, None] * changes).sum(dim=-2)
+            return share * changes.sum(dim=-2)
 
     return Mixture
 
@@ -285,7 +281,7 @@ def composed_adapters(parts: list[dict], way: str, seed: int) -> tuple:
     names = list(SKILLS)
     if way == "fusion":
         fuse_adapters(model, names, torch.Generator().manual_seed(seed))
-    elif way in ("sum", "mean", "weights"):
+    elif way in ("sum", "mean"):
         fuse_adapters(model, names, kind=mixture(0.5 if way == "mean" else 1.0))
     else:
         use_adapters(model, way.split(", "))
@@ -376,7 +372,7 @@ def points(pair: str, rows: list[dict], seeds: int = SEEDS) -> Iterator[dict]:
     """The points of both stages; final ones of a way that trains appear once its rates are all in `rows`."""
     ways = [(kind, way) for kind in WAYS for way in WAYS[kind]]
     for kind, way in ways:
-        for lr in grid(rows, way) if way in RATES else ():
+        for lr in grid(rows, way) if len(RATES.get(way, ())) > 1 else ():
             yield {"pair": pair, "kind": kind, "way": way, "stage": "sweep", "lr": lr, "seed": 0}
     for seed in range(1, 1 + seeds):  # seed by seed, so that the adapters of a seed are trained once
         for kind, way in ways:
@@ -405,6 +401,8 @@ def best_rate(rows: list[dict], way: str) -> float | None:
 
 
 def _best(rows: list[dict], way: str, rates: list[float]) -> float | None:
+    if len(rates) == 1:
+        return rates[0]
     done = [row for row in rows if (row["way"], row["stage"]) == (way, "sweep") and row["lr"] in rates]
     if {row["lr"] for row in done} != set(rates):
         return None

@@ -88,7 +88,6 @@ def by_hand(parts, text, combine):
         ("second, first", lambda h, f, g: g(h) + f(h + g(h))),
         ("sum", lambda h, f, g: f(h) + g(h)),
         ("mean", lambda h, f, g: (f(h) + g(h)) / 2),
-        ("weights", lambda h, f, g: f(h) + g(h)),  # where its training starts
     ],
 )
 def test_adapters_are_put_together_as_the_way_says(way, combine, text):
@@ -123,21 +122,17 @@ def test_only_what_the_way_is_about_trains():
     width = fusion.config.hidden_size
     assert all(".fusion." in name for name in trained(fusion))
     assert sum(p.numel() for p in fusion.parameters() if p.requires_grad) == layers * 3 * width**2
-    weights = compose("adapter", "weights", parts)
-    assert len(trained(weights)) == layers and all(
-        name.endswith("fusion.weights") for name in trained(weights)
-    )
 
 
-def test_training_moves_the_weights_and_leaves_both_adapters(text):
+def test_training_moves_the_fusion_and_leaves_both_adapters():
     parts = [noisy("adapter", 1), noisy("adapter", 2)]
-    model, tokenizer = composing.composed_adapters(parts, "weights", 0)
+    model, tokenizer = composing.composed_adapters(parts, "fusion", 0)
     rows = {"prompt": ["Who buys it?\nAnswer:"] * 4, "completion": [" Noor"] * 4}
-    with torch.no_grad():
-        before = model(**text).loss.item()
-    composing.train(model, tokenizer, (composing.Stream(rows, 2),) * 2, 8, 0.1, seed=0)
     site = adapted_sublayers(model)["model.layers.0.mlp"]
-    assert not torch.equal(site.fusion.weights, torch.ones(2)) and before > 0
+    before = {name: value.clone() for name, value in site.fusion.state_dict().items()}
+    composing.train(model, tokenizer, (composing.Stream(rows, 2),) * 2, 8, 0.1, seed=0)
+    for name, value in site.fusion.state_dict().items():
+        assert not torch.equal(value, before[name])
     for name, values in zip(composing.SKILLS, parts, strict=True):
         for key, tensor in composing.tensors("adapter", model, name).items():
             assert torch.equal(tensor, values[key])
@@ -207,11 +202,11 @@ def quick(monkeypatch):
 
 
 def test_stops_at_the_limit_goes_on_and_records_when_complete(quick):
-    assert composing.run("halves", limit=5, seeds=2) is None
+    assert composing.run("halves", limit=2, seeds=2) is None
     before = composing.log_path("halves").read_text().splitlines()
-    assert len(before) == 5 and not load_records("compose_halves")
+    assert len(before) == 2 and not load_records("compose_halves")
     path = composing.run("halves", seeds=2)
-    assert path.exists() and composing.log_path("halves").read_text().splitlines()[:5] == before
+    assert path.exists() and composing.log_path("halves").read_text().splitlines()[:2] == before
     (record,) = load_records("compose_halves")
     assert len(record.rows) == len(quick)  # nothing ran twice
     finals = [row for row in record.rows if row["stage"] == "final"]
