@@ -549,9 +549,9 @@ SWEEPS = {
         ),
         Sweep(
             name="prompt_medium",
-            note="The bake-off's style and reviews on the medium base: prompt tuning against full fine-tuning.",
+            note="The bake-off's style on the medium base: prompt tuning against full fine-tuning.",
             arms=(_prompt(20), replace(_FULL, rates=(3e-4, 1e-3))),
-            tasks=(replace(_STYLE, batch=8), _REVIEWS),
+            tasks=(replace(_STYLE, batch=8),),
             rates=(),
             seeds=3,
             size="medium",
@@ -561,9 +561,9 @@ SWEEPS = {
         ),
         Sweep(
             name="prompt_tiny",
-            note="The bake-off's style and reviews on the tiny base: prompt tuning against full fine-tuning.",
+            note="The bake-off's style on the tiny base: prompt tuning against full fine-tuning.",
             arms=(_prompt(20), replace(_FULL, rates=(3e-4, 1e-3, 3e-3))),
-            tasks=(replace(_STYLE, batch=8), _REVIEWS),
+            tasks=(replace(_STYLE, batch=8),),
             rates=(),
             seeds=3,
             size="tiny",
