@@ -27,10 +27,10 @@ lab = setup(lab="17", profile=PROFILE, model_id=MODEL_ID)
 # | **account** | what it costs, what the story leaves out |
 
 # %% [markdown]
-# First, the customers. Four of the fifty get copy for the *same* product, in one batch of one model; the adapters are
+# First, the customers. Three of the fifty get copy for the *same* product, in one batch of one model; the adapters are
 # shipped with the course (`labs fleet` trained them).
 #
-# *You should see* four voices that tell the same facts. What makes the difference is a few percent of the model's size.
+# *You should see* three voices that tell the same facts. What makes the difference is a few percent of the model's size.
 
 # %%
 import torch
@@ -43,7 +43,7 @@ torch.set_num_threads(1)  # steps this small are no faster on two, and the gatew
 NAME = lab.model_id or "small"  # the base that the shipped adapters were trained on
 base, tokenizer = load_base(NAME, device=lab.device)
 everybody = {tenant.slug: tenant for tenant in load_tenants()}
-first = ["fathom-eleven", "quillfeather-post", "ampersea", "oakum-and-tar"]
+first = ["fathom-eleven", "quillfeather-post", "oakum-and-tar"]
 tenants = [*first, *(slug for slug in everybody if slug not in first)][: lab.rows(50)]
 folders = fleet_folders(tenants, NAME, lab.device)
 sizes = {slug: sum(file.stat().st_size for file in folders[slug].iterdir()) for slug in tenants}
@@ -192,18 +192,27 @@ print("Guide:", newcomer.guide)
 print(new_rows["train"]["completion"][0])
 
 # %% [markdown]
-# Three adapters train now, in one batch: a known tenant once more, the newcomer, and the mix-up.
+# These train now, in one batch; with them a known tenant once more, and whomever the fleet's own run left unsatisfied: the
+# record says who failed at the gate below, and gets a second try with another seed.
 #
-# *You should see* three losses fall together. The mix-up's is as good as anybody's: a loss cannot tell whose texts it
-# learned.
+# *You should see* losses fall together. The mix-up's is as good as anybody's: a loss cannot tell whose texts it learned.
 
 # %%
 import time
 from dataclasses import replace
 
-recipe = replace(Recipe(), steps=lab.steps(Recipe().steps))
-data = {
-    "fathom-eleven": load_task("style", tenant="fathom-eleven")["train"][:],
+from labs_lib.measure import load_record
+
+record = load_record("fleet", device="cpu")
+print(record)
+of = {
+    section: [row for row in record.rows if row["section"] == section]
+    for section in ("tenant", "alone", "step")
+}
+failed = [row["tenant"] for row in of["tenant"] if row["refused"]]
+recipe = replace(Recipe(), steps=lab.steps(Recipe().steps), seed=1)
+data = {slug: load_task("style", tenant=slug)["train"][:] for slug in ("fathom-eleven", *failed[:2])}
+data |= {
     "mossgate-lamps": new_rows["train"],
     "mix-up": load_task("style", tenant="quillfeather-post")["train"][:],
 }
@@ -211,7 +220,7 @@ torch.set_num_threads(2)
 started = time.perf_counter()
 live = train(base, tokenizer, data, recipe)
 torch.set_num_threads(1)
-print(f"{len(data)} adapters in {time.perf_counter() - started:.0f} s")
+print(f"{len(data)} adapters in {time.perf_counter() - started:.0f} s: {', '.join(data)}")
 
 # %% tags=["hide-input"]
 import matplotlib.pyplot as plt
@@ -222,22 +231,20 @@ paint = {
     "mossgate-lamps": look("ia3").color,
     "mix-up": look("dora").color,
 }
-for (name, losses), line in zip(live.losses.items(), ("-", "--", ":"), strict=True):
-    ax.plot(range(1, len(losses) + 1), losses, line, color=paint[name], label=name)
+for (name, losses), line in zip(live.losses.items(), ("-", "--", ":", "-.", (0, (1, 3))), strict=False):
+    color = paint.get(name, look("base").color)
+    ax.plot(range(1, len(losses) + 1), losses, linestyle=line, color=color, label=name)
 ax.set_yscale("log")
 ax.legend()
 worst = max(live.final_loss(name) for name in data)
 finding(
     ax,
-    f"Three adapters, one batch: all end at a loss of {worst:.2g} or less",
+    f"{len(data)} adapters, one batch: all end at a loss of {worst:.2g} or less",
     "step",
     "loss (nats per token)",
 )
 listed = ", ".join(f"{name} {live.final_loss(name):.2g}" for name in data)
-show(
-    fig,
-    alt=f"Training loss of three adapters that share a batch, falling side by side. At the end: {listed}.",
-)
+show(fig, alt=f"Training loss of adapters that share a batch, falling side by side. At the end: {listed}.")
 
 # %% [markdown]
 # **Does it pay?** A GPU is idle in small steps, and filling them is why one would train many adapters at once. Is a CPU?
@@ -260,58 +267,48 @@ of = {
     section: [row for row in record.rows if row["section"] == section]
     for section in ("tenant", "alone", "step")
 }
-step_ms = {(row["rows"], row["tenants"]): row["cpu_ms_per_tenant"] for row in of["step"]}
-counts = sorted({count for _, count in step_ms})
-gains = {
-    rows: step_ms[rows, counts[0]] / step_ms[rows, counts[-1]] for rows in sorted({r for r, _ in step_ms})
-}
+per_row = {(row["rows"], row["arm"]): row["cpu_ms_per_tenant"] / row["rows"] for row in of["step"]}
+rows_of, arms_of = sorted({rows for rows, _ in per_row}), list(dict.fromkeys(arm for _, arm in per_row))
+few_rows, many_rows, (trainer, single, shared) = rows_of[0], rows_of[-1], arms_of
+gains = {rows: per_row[rows, single] / per_row[rows, shared] for rows in rows_of}
 print(
-    f"you predicted {predict_fleet} times; recorded, by rows per tenant:",
-    {r: round(g, 2) for r, g in gains.items()},
+    f"you predicted {predict_fleet} times; recorded, by rows per tenant: { ({r: round(g, 2) for r, g in gains.items()}) }"
 )
-each = {
-    arm: [row["cpu_seconds"] for row in of["alone"] if row["arm"] == arm] for arm in ("fit", "fleet of one")
-}
-per_tenant = {arm: sum(seconds) / len(seconds) for arm, seconds in each.items()}
-batches = {row["cpu_seconds"]: row["together"] for row in of["tenant"]}
-per_tenant[f"fleet of {max(batches.values())}"] = sum(batches) / sum(batches.values())
-for arm, seconds in per_tenant.items():
-    print(f"{arm:14s} {seconds:5.1f} CPU seconds per tenant, {50 * seconds / 60:.1f} minutes for fifty")
+for arm in arms_of:
+    minutes = 50 * Recipe().steps * many_rows * per_row[many_rows, arm] / 6e4
+    print(
+        f"{arm:12s} {minutes:4.1f} CPU minutes for fifty tenants, {Recipe().steps} steps of {many_rows} rows each"
+    )
 
 # %% tags=["hide-input"]
-fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.3))
-rows_of = list(gains)
-for count, color, offset in zip(counts, (look("base").color, look("lora").color), (-0.2, 0.2), strict=True):
-    tall = [step_ms[r, count] / r for r in rows_of]
-    left.bar(
-        [i + offset for i in range(len(rows_of))], tall, 0.38, color=color, label=f"{count} in the batch"
-    )
-left.set_xticks(range(len(rows_of)), rows_of)
-left.legend()
-title = f"Sharing a step: {gains[rows_of[0]]:.1f} times cheaper at 1 row, {gains[rows_of[-1]]:.1f} at {rows_of[-1]}"
-finding(left, title, "rows per tenant in a step", "CPU ms per row")
-order = list(per_tenant)
-right.barh(range(len(order)), [per_tenant[arm] for arm in order], color=look("lora").color, height=0.6)
-right.set_yticks(range(len(order)), order)
-right.invert_yaxis()
-ratio = per_tenant["fit"] / per_tenant[order[-1]]
-finding(right, f"Whole trainings: {ratio:.1f} times fit's pace", "CPU seconds per tenant")
-left.title.set_size(10), right.title.set_size(10)
-listed = "; ".join(f"{arm} {seconds:.1f}" for arm, seconds in per_tenant.items())
-show(fig, alt=f"{title}. CPU seconds per tenant for a whole training: {listed}.")
+fig, ax = plt.subplots(figsize=(7.6, 3.3))
+shades = (look("full").color, look("base").color, look("lora").color)
+for place, (arm, color) in enumerate(zip(arms_of, shades, strict=True)):
+    at = [i + 0.27 * (place - 1) for i in range(len(rows_of))]
+    tall = [per_row[rows, arm] for rows in rows_of]
+    ax.bar(at, tall, 0.25, color=color, label=arm)
+    for x, y in zip(at, tall, strict=True):
+        ax.annotate(f"{y:.1f}", (x, y), ha="center", va="bottom", size=8)
+ax.set_xticks(range(len(rows_of)), rows_of)
+ax.legend()
+title = f"Sharing a step: {gains[few_rows]:.1f} times cheaper at 1 row, {gains[many_rows]:.1f} at {many_rows}"
+finding(ax, title, "rows of each tenant in a step", "CPU ms per row")
+listed = "; ".join(f"{arm}, {rows} rows: {ms:.1f}" for (rows, arm), ms in per_row.items())
+show(fig, alt=f"{title}. CPU milliseconds per row: {listed}.")
 
 # %% [markdown]
 # So on one CPU core the batch pays only where a step is too small to keep the core busy; sixteen rows of this base do
-# already. What the whole fleet gains over `fit` is a leaner loop: no padding mask, and an output head that sees only the
-# tokens that count. On a GPU, whose steps are idle far longer, the left bars are the ones to look at.
+# already. What the fleet gains over `fit` is a leaner loop: no padding mask, and an output head that sees only the tokens
+# that count. A GPU stays idle up to far more rows than that: there, read the bars on the left.
 #
 # The work also spreads: `labs fleet` gives its batches to **Ray** where that is installed, on this machine or on the
 # cluster that `RAY_ADDRESS` names, and goes on where it stopped.
 
 # %% [markdown]
 # ### The gate
-# Now everybody's texts are read, as the server would write them: held-out products, all candidates mixed in the engine's
-# batches, judged by each tenant's own rules. The mix-up stands as a candidate for `fathom-eleven`.
+# Now the texts are read, as the server would write them: for held-out products, with all candidates mixed in the engine's
+# batches, judged by each tenant's own rules. The record has the fleet's sixteen products per tenant; live we read the new
+# candidates, and again whoever failed. The mix-up stands as a candidate for `fathom-eleven`.
 #
 # *You should see* who is refused, and why.
 
@@ -325,54 +322,66 @@ from labs_lib.training.gate import Candidate, read_by_rules
 shelf = tempfile.TemporaryDirectory()
 root = Path(shelf.name)
 made = {name: save_adapter(root / name, live.adapters[name], recipe, NAME) for name in data}
-few = lab.rows(4)
-candidates = {slug: Candidate.of(folders[slug], slug, rows=few) for slug in tenants}
-candidates["fathom-eleven, again"] = Candidate.of(made["fathom-eleven"], "fathom-eleven", rows=few)
-candidates["mix-up"] = Candidate.of(made["mix-up"], "fathom-eleven", rows=few)
+few = lab.rows(16)
 held = {key: values[:few] for key, values in new_rows["validation"].items()}
-candidates["mossgate-lamps"] = Candidate(made["mossgate-lamps"], newcomer, held)
+candidates = {
+    "fathom-eleven, again": Candidate.of(made["fathom-eleven"], "fathom-eleven", rows=few),
+    "mossgate-lamps": Candidate(made["mossgate-lamps"], newcomer, held),
+    "mix-up": Candidate.of(made["mix-up"], "fathom-eleven", rows=few),
+}
+for slug in failed:
+    if slug in made:
+        candidates[f"{slug}, second try"] = Candidate.of(made[slug], slug, rows=few)
+    if slug in folders:
+        candidates[f"{slug}, first"] = Candidate.of(folders[slug], slug, rows=few)
 scores = read_by_rules(base, tokenizer, candidates)
 refused = {name: reasons for name, score in scores.items() if (reasons := gate(score))}
-print(f"{len(candidates) - len(refused)} of {len(candidates)} candidates pass")
-for name, reasons in refused.items():
-    print(f"  {name}: {'; '.join(reasons)}")
+for name in candidates:
+    print(f"{name:32s} {'; '.join(refused[name]) if name in refused else 'passes'}")
 
 # %% tags=["hide-input"]
+points = [(row["tenant"], row["validation_compliance"], row["validation_fidelity"]) for row in of["tenant"]]
+points += [(name, score.compliance, score.fidelity) for name, score in scores.items() if "first" not in name]
 fig, ax = plt.subplots(figsize=(7.6, 3.2))
-for place, name in enumerate(("compliance", "fidelity")):
-    for candidate, score in scores.items():
-        jitter = (
-            (hash(candidate) % 100 / 100 - 0.5) * 0.5
-            if False
-            else (list(scores).index(candidate) % 17 - 8) / 32
-        )
-        bad = candidate in refused
-        color, marker = (look("dora").color, "X") if bad else (look("lora").color, "o")
-        ax.plot(
-            100 * getattr(score, name), place + jitter, marker, color=color, alpha=0.75, ms=8 if bad else 5
-        )
+for number, (name, *both) in enumerate(points):
+    bad = name in refused or name in failed
+    how = {
+        "color": look("dora" if bad else "lora").color,
+        "marker": "X" if bad else "o",
+        "ms": 8 if bad else 5,
+    }
+    for place, value in enumerate(both):
+        ax.plot(100 * value, place + (number % 17 - 8) / 32, alpha=0.75, **how)
+        if bad and not place:
+            ax.annotate(
+                name, (100 * value, (number % 17 - 8) / 32), (6, 0), textcoords="offset points", size=8
+            )
 ax.axvline(95, color=look("base").color, linestyle=":", linewidth=1)
 ax.set_yticks([0, 1], ["compliance\n(rules obeyed)", "fidelity\n(facts told)"])
-ax.set_ylim(-0.5, 1.5)
-ax.invert_yaxis()
-title = f"{len(candidates) - len(refused)} of {len(candidates)} pass the gate"
-finding(ax, title, f"score on {few} held-out products (%)")
-listed = "; ".join(f"{name} {score.compliance:.0%}" for name, score in scores.items() if name in refused)
+ax.set_ylim(1.5, -0.5)
+bad_names = [name for name, *_ in points if name in refused or name in failed]
+title = f"{len(points) - len(bad_names)} of {len(points)} adapters pass the gate"
+finding(ax, title, "score on held-out products (%)")
 show(
     fig,
-    alt=f"Compliance and fidelity of all candidates with the bar at 95 percent. {title}. Refused: {listed or 'nobody'}.",
+    alt=f"Compliance and fidelity of the fleet and the new candidates, bar at 95 percent. {title}. Not: {', '.join(bad_names)}.",
 )
 
 # %%
-kept = of["tenant"]
 test = {
-    name: [row[f"test_{name}"] for row in kept] for name in ("compliance", "fidelity", "leakage", "exact")
+    name: [row[f"test_{name}"] for row in of["tenant"]]
+    for name in ("compliance", "fidelity", "leakage", "exact")
 }
 mean = {name: sum(values) / max(1, len(values)) for name, values in test.items()}
 print(
-    f"the record: {sum(not row['refused'] for row in kept)} of {len(kept)} passed on validation products; on test products"
+    f"recorded: {len(of['tenant']) - len(failed)} of {len(of['tenant'])} passed; all of them, on products of the test split:"
 )
 print("  " + ", ".join(f"{name} {value:.1%}" for name, value in mean.items()))
+
+# %% [markdown]
+# A loss of a thousandth of a nat, and yet a customer whose copy breaks rules: the loss is taken on the approved texts, token
+# by token, *given* the right beginning. At the gate the model goes on from its own words, about products that it has never
+# seen. A second try with another seed costs seconds; publishing the first one costs a customer.
 
 # %% [markdown] tags=["takeaway"]
 # Fifty adapters are one training job: one frozen base, rows of everybody, and three things kept apart. Nothing of it
@@ -388,9 +397,10 @@ from labs_lib.serving.registry import Registry
 
 registry, keys = Registry(root / "registry"), {}
 for slug in tenants:
-    if slug not in refused:
+    second = f"{slug}, second try" in candidates and f"{slug}, second try" not in refused
+    if slug not in failed or second:
         keys[slug] = registry.add_tenant(slug)  # shown once: the registry keeps a hash
-        registry.publish(slug, folders[slug], note="fleet")
+        registry.publish(slug, made[slug] if slug in failed else folders[slug], note="fleet")
 served = list(keys)
 print(f"{len(served)} tenants published, for instance {served[0]} with key {keys[served[0]][:12]}...")
 
@@ -445,7 +455,7 @@ from labs_lib.serving.traffic import Call, plan, play
 from labs_lib.serving.workload import day, zipf
 
 prompts = {slug: load_task("style", tenant=slug)["test"]["prompt"] for slug in served}
-witness = Witness(lambda: load_base(NAME, device=lab.device)[0], registry.folder, copies=len(served) + 2)
+witness = Witness(load_base(NAME, device=lab.device)[0], registry.folder, copies=len(served) + 2)
 oracle = ShadowOracle(witness, share=0.3, seed=lab.seed, waiting=10_000)
 sizes_of = {"slots": 16, "max_rank": 8, "max_batch": 16, "kv_tokens": 4096, "host_bytes": 64 << 20}
 with Engine(share(base), registry.folder, **sizes_of) as engine:
@@ -568,8 +578,8 @@ from labs_lib.serving.replay import replay
 
 one = "fathom-eleven"
 dedicated = arms.merged(base, folders[one])
-TOKENS = 40
-mine = [tokenizer(text)["input_ids"] for text in prompts[one][: lab.rows(12)]]
+TOKENS = 24
+mine = [tokenizer(text)["input_ids"] for text in prompts[one][: lab.rows(6)]]
 crowd_of = {sha[slug]: folders[slug] for slug in served}
 
 
@@ -591,10 +601,11 @@ def latency(arm, model, neighbours=()):
 
 
 # %%
+neighbours = served[1:8]
 ways = {
     "dedicated, merged": ("base", dedicated, ()),
     "shared, alone": ("engine", base, ()),
-    "shared, 7 neighbours": ("engine", base, served[1:8]),
+    f"shared, {len(neighbours)} neighbours": ("engine", base, neighbours),
 }
 times = {name: [] for name in ways}
 for turn in range(3):

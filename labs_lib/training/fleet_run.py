@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from labs_lib.errors import LabsError
@@ -231,64 +231,57 @@ def publish(rows: Sequence[dict], folder: Path, registry, note: str) -> dict[str
 # -- the measurement -------------------------------------------------------------------------------------------------
 
 
-def one_by_one(tenants: Sequence[str], recipe: Recipe, size: str) -> list[dict]:
-    """CPU seconds to train these tenants with `fit`, one after the other, and as fleets of one."""
-    from labs_lib.methods.lora import inject_lora
-    from labs_lib.models.base import load_base
-    from labs_lib.training.fit import fit
-    from labs_lib.world.tasks import load_task
-
-    rows = []
-    for slug in tenants:
-        own = load_task("style", tenant=slug)["train"][:]
-        model, tokenizer = load_base(size)
-        inject_lora(model, "all-linear", recipe.rank, recipe.alpha)
-        settings = {"steps": recipe.steps, "batch_size": recipe.batch, "lr": recipe.lr, "seed": recipe.seed}
-        before = time.process_time()
-        run = fit(model, tokenizer, own, progress=False, **settings)
-        cpu = time.process_time() - before
-        rows.append({"arm": "fit", "tenant": slug, "seconds": run.seconds, "cpu_seconds": cpu})
-        model, tokenizer = load_base(size)
-        trained = train(model, tokenizer, {slug: own}, recipe)
-        rows.append({"arm": "fleet of one", "tenant": slug, "seconds": trained.seconds})
-        rows[-1]["cpu_seconds"] = trained.cpu_seconds
-    return rows
-
-
 def step_costs(
-    size: str,
-    recipe: Recipe,
-    batches: Sequence[int] = (1, 4, 16),
-    counts: Sequence[int] = (1, 10),
-    rounds: int = 3,
+    size: str, recipe: Recipe, batches: Sequence[int] = (1, 4, 16), together: int = TOGETHER, rounds: int = 3
 ) -> list[dict]:
-    """CPU milliseconds of a training step per tenant, by rows per tenant and tenants per batch, interleaved."""
-    from dataclasses import replace
+    """CPU milliseconds of a training step per tenant, by rows per tenant: `fit`, a fleet of one, a fleet of many.
+
+    The arms take turns, so that a busy machine slows all of them alike; a run's first step does not count.
+    """
     from statistics import median
 
     from labs_lib.models.base import load_base
     from labs_lib.world.tasks import load_task
     from labs_lib.world.tenants import load_tenants
 
-    slugs = [tenant.slug for tenant in load_tenants()][: max(counts)]
+    slugs = [tenant.slug for tenant in load_tenants()][:together]
     own = {slug: load_task("style", tenant=slug)["train"][:] for slug in slugs}
     model, tokenizer = load_base(size)
-    found: dict[tuple[int, int], list[float]] = {}
+    found: dict[tuple[int, str], list[float]] = {}
     for _ in range(rounds):
         for rows in batches:
-            for count in counts:
-                short = replace(recipe, steps=2, batch=rows)
-                took = []
-
-                def watch(step, losses, took=took):
-                    took.append(time.process_time())
-
-                train(model, tokenizer, {slug: own[slug] for slug in slugs[:count]}, short, watch=watch)
-                found.setdefault((rows, count), []).append(1e3 * (took[1] - took[0]) / count)
+            short = replace(recipe, steps=3, batch=rows)
+            stamps = [time.process_time()]
+            _fit_alone(size, own[slugs[0]], short, stamps)
+            found.setdefault((rows, "fit"), []).append((stamps[-1] - stamps[1]) / (len(stamps) - 2))
+            for count in (1, together):
+                stamps = []
+                data = {slug: own[slug] for slug in slugs[:count]}
+                train(model, tokenizer, data, short, watch=lambda *_, s=stamps: s.append(time.process_time()))
+                seconds = (stamps[-1] - stamps[0]) / (len(stamps) - 1) / count
+                found.setdefault((rows, f"fleet of {count}"), []).append(seconds)
     return [
-        {"rows": rows, "tenants": count, "cpu_ms_per_tenant": median(times), "rounds": rounds}
-        for (rows, count), times in found.items()
+        {"rows": rows, "arm": arm, "cpu_ms_per_tenant": 1e3 * median(times), "rounds": rounds}
+        for (rows, arm), times in found.items()
     ]
+
+
+def _fit_alone(size: str, data: dict, recipe: Recipe, stamps: list[float]) -> None:
+    """One tenant by `fit`; the CPU time after each step goes into `stamps`."""
+    from transformers import TrainerCallback
+
+    from labs_lib.methods.lora import inject_lora
+    from labs_lib.models.base import load_base
+    from labs_lib.training.fit import fit
+
+    class Stamp(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            stamps.append(time.process_time())
+
+    model, tokenizer = load_base(size)
+    inject_lora(model, "all-linear", recipe.rank, recipe.alpha)
+    settings = {"steps": recipe.steps, "batch_size": recipe.batch, "lr": recipe.lr, "seed": recipe.seed}
+    fit(model, tokenizer, data, progress=False, callbacks=[Stamp()], **settings)
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
@@ -352,9 +345,7 @@ def main(args: argparse.Namespace) -> int:
 def _record(rows: list[dict], recipe: Recipe, size: str) -> Path:
     from labs_lib.measure.records import Record, save_record
 
-    alone = one_by_one([row["tenant"] for row in rows[:2]], recipe, size)
     found = [{"section": "tenant", **row} for row in rows]
-    found += [{"section": "alone", **row} for row in alone]
     found += [{"section": "step", **row} for row in step_costs(size, recipe)]
     note = "All tenants' adapters, many in a batch; CPU seconds on one thread. Gate on validation, report on test."
     return save_record(Record("fleet", found, note, {"recipe": recipe.to_dict(), "model": size}))

@@ -30,13 +30,15 @@ def generated_files() -> dict[str, Callable[[], bytes]]:
 
 
 def shipped_files() -> list[str]:
-    """Every file that a checksum covers: generated splits, style guides and the base family."""
+    """Every file that a checksum covers: generated splits, style guides, the base family and the fleet."""
     patterns = (
         "tenants/*.yaml",
         "tenants/*.jsonl",
         "tasks/*.jsonl",
         "base/**/*.safetensors",
         "base/**/*.json",
+        "fleet/**/*.safetensors",
+        "fleet/**/*.json",
     )
     return sorted(
         str(p.relative_to(data())) for pattern in patterns for p in data().glob(pattern) if p.is_file()
