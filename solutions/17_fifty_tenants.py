@@ -39,7 +39,8 @@ from labs_lib import load_base, load_task
 from labs_lib.training.fleet_run import fleet_folders
 from labs_lib.world.tenants import load_tenants
 
-torch.set_num_threads(1)  # steps this small are no faster on two, and the gateway's threads want the other
+cores = torch.get_num_threads()
+torch.set_num_threads(1)  # decode steps are no faster on two, and the gateway's threads want the other
 NAME = lab.model_id or "small"  # the base that the shipped adapters were trained on
 base, tokenizer = load_base(NAME, device=lab.device)
 everybody = {tenant.slug: tenant for tenant in load_tenants()}
@@ -133,7 +134,7 @@ print(gate(SimpleNamespace(compliance=0.62, fidelity=0.97, leakage=0.25)))
 # Three tenants train together, through the serving engine's own op, now with gradients. And each trains alone, by `fit`:
 # transformers' Trainer on lab 01's LoRA, with its own clipping, schedule and AdamW.
 #
-# *You should see* the same losses and the same weights to five digits, and nothing but zeros where the base lies.
+# *You should see* the same losses and the same weights, to five digits.
 
 # %%
 from labs_lib import fit
@@ -205,10 +206,7 @@ from labs_lib.measure import load_record
 
 record = load_record("fleet", device="cpu")
 print(record)
-of = {
-    section: [row for row in record.rows if row["section"] == section]
-    for section in ("tenant", "alone", "step")
-}
+of = {name: [row for row in record.rows if row["section"] == name] for name in ("tenant", "step")}
 failed = [row["tenant"] for row in of["tenant"] if row["refused"]]
 recipe = replace(Recipe(), steps=lab.steps(Recipe().steps), seed=1)
 data = {slug: load_task("style", tenant=slug)["train"][:] for slug in ("fathom-eleven", *failed[:2])}
@@ -216,7 +214,7 @@ data |= {
     "mossgate-lamps": new_rows["train"],
     "mix-up": load_task("style", tenant="quillfeather-post")["train"][:],
 }
-torch.set_num_threads(2)
+torch.set_num_threads(cores)
 started = time.perf_counter()
 live = train(base, tokenizer, data, recipe)
 torch.set_num_threads(1)
@@ -259,25 +257,16 @@ predict_fleet = 5
 predict_fleet = check(predict_fleet, "lab17.predict_fleet")
 
 # %%
-from labs_lib.measure import load_record
-
-record = load_record("fleet", device="cpu")
-print(record)
-of = {
-    section: [row for row in record.rows if row["section"] == section]
-    for section in ("tenant", "alone", "step")
-}
 per_row = {(row["rows"], row["arm"]): row["cpu_ms_per_tenant"] / row["rows"] for row in of["step"]}
 rows_of, arms_of = sorted({rows for rows, _ in per_row}), list(dict.fromkeys(arm for _, arm in per_row))
 few_rows, many_rows, (trainer, single, shared) = rows_of[0], rows_of[-1], arms_of
 gains = {rows: per_row[rows, single] / per_row[rows, shared] for rows in rows_of}
-print(
-    f"you predicted {predict_fleet} times; recorded, by rows per tenant: { ({r: round(g, 2) for r, g in gains.items()}) }"
-)
+print(f"you predicted {predict_fleet} times cheaper; recorded, by rows of each tenant:")
+print("  " + ", ".join(f"{rows}: {gain:.1f} times" for rows, gain in gains.items()))
 for arm in arms_of:
     minutes = 50 * Recipe().steps * many_rows * per_row[many_rows, arm] / 6e4
     print(
-        f"{arm:12s} {minutes:4.1f} CPU minutes for fifty tenants, {Recipe().steps} steps of {many_rows} rows each"
+        f"{arm:12s} {minutes:4.1f} CPU minutes for fifty tenants, {Recipe().steps} steps of {many_rows} rows"
     )
 
 # %% tags=["hide-input"]
@@ -368,20 +357,21 @@ show(
 )
 
 # %%
-test = {
-    name: [row[f"test_{name}"] for row in of["tenant"]]
-    for name in ("compliance", "fidelity", "leakage", "exact")
-}
-mean = {name: sum(values) / max(1, len(values)) for name, values in test.items()}
-print(
-    f"recorded: {len(of['tenant']) - len(failed)} of {len(of['tenant'])} passed; all of them, on products of the test split:"
-)
-print("  " + ", ".join(f"{name} {value:.1%}" for name, value in mean.items()))
+count = len(of["tenant"])
+print(f"recorded: {count - len(failed)} of {count} passed; all of them, on products of the test split:")
+for name in ("compliance", "fidelity", "leakage", "exact"):
+    print(f"  {name:10s} {sum(row[f'test_{name}'] for row in of['tenant']) / max(1, count):6.1%}")
+for row in of["tenant"]:
+    if row["refused"] and f"{row['tenant']}, first" in scores:
+        rules = scores[f"{row['tenant']}, first"].per_rule
+        weak = sorted(rules, key=rules.get)[:3]
+        print(f"{row['tenant']}: trained to a loss of {row['loss']:.4f}, and breaks")
+        print("  " + ", ".join(f"{rule} in {1 - rules[rule]:.0%} of its texts" for rule in weak))
 
 # %% [markdown]
-# A loss of a thousandth of a nat, and yet a customer whose copy breaks rules: the loss is taken on the approved texts, token
-# by token, *given* the right beginning. At the gate the model goes on from its own words, about products that it has never
-# seen. A second try with another seed costs seconds; publishing the first one costs a customer.
+# A loss near zero, and yet copy that breaks rules: the loss is taken on the approved texts, token by token, *given* the right
+# beginning. At the gate the model goes on from its own words, about products that it has never seen. A second try with
+# another seed costs seconds; publishing the first one costs a customer.
 
 # %% [markdown] tags=["takeaway"]
 # Fifty adapters are one training job: one frozen base, rows of everybody, and three things kept apart. Nothing of it
@@ -465,7 +455,7 @@ with Engine(share(base), registry.folder, **sizes_of) as engine:
         seen["url"] = url
         rush = [Call(0, slug, prompts[slug][0]) for slug in served[:16]]
         pace = len(rush) / max(each.seconds for each in play(url, rush, keys).replies)
-        count, whole = lab.rows(120), lab.rows(120) / (0.4 * pace)
+        whole = lab.rows(120) / (0.4 * pace)
         trace = day(0.4 * pace, whole, zipf(len(served)), seed=lab.seed)
         calls = plan(trace, served, prompts)
         arrive = [at * whole for at in (0.3, 0.45, 0.6, 0.75, 0.9)] if "mossgate-lamps" not in refused else []
@@ -615,7 +605,11 @@ rows_, added = [], {}
 for name, measured in times.items():
     token, whole_ = (1e3 * median(each[i] for each in measured) for i in (0, 1))
     rows_.append(
-        {"": name, "ms per token": f"{token:.2f}", f"ms per request of {TOKENS} tokens": f"{whole_:.0f}"}
+        {
+            "served": name,
+            "ms per token": f"{token:.2f}",
+            f"ms per request of {TOKENS} tokens": f"{whole_:.0f}",
+        }
     )
     for i, unit in enumerate(("per token", f"per request of {TOKENS} tokens")):
         pairs = zip(measured, times["dedicated, merged"], strict=True)

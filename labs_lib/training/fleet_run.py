@@ -203,7 +203,8 @@ def run_fleet(
             rows[row["tenant"]] = row
             with log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            print(f"[{len(rows):2d}/{len(tenants)}] {told(row)}", flush=True)
+            count = sum(slug in rows for slug in tenants)
+            print(f"[{count:2d}/{len(tenants)}] {told(row)}", flush=True)
     return [rows[slug] for slug in tenants if slug in rows]
 
 
@@ -297,6 +298,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=recipe.steps, help="(default: %(default)s)")
     parser.add_argument(
+        "--seed", type=int, default=recipe.seed, help="another one for a second try (default: 0)"
+    )
+    parser.add_argument(
         "--together", type=int, default=TOGETHER, help="tenants in a batch (default: %(default)s)"
     )
     parser.add_argument("--here", action="store_true", help="in this process, even if Ray is installed")
@@ -325,7 +329,7 @@ def main(args: argparse.Namespace) -> int:
             "--publish makes API keys that are shown only once: say where they go with --keys FILE."
         )
     tenants = [load_tenant(slug).slug for slug in args.tenants] or [each.slug for each in load_tenants()]
-    recipe = Recipe(rank=args.rank, alpha=2 * args.rank, lr=args.lr, steps=args.steps)
+    recipe = Recipe(rank=args.rank, alpha=2 * args.rank, lr=args.lr, steps=args.steps, seed=args.seed)
     folder = args.out or default_folder(recipe, args.base)
     rows = run_fleet(
         tenants, recipe, args.base, folder, together=args.together, here=args.here, limit=args.limit

@@ -132,3 +132,9 @@ def test_what_it_would_train_alone_is_what_the_tasks_are():
 
     counts = {len(load_task("style", tenant=tenant.slug)["train"]) for tenant in load_tenants()[::10]}
     assert counts == {128} and 128 % Recipe().batch == 0 and replace(Recipe()) == Recipe()
+
+
+def test_step_costs_compares_three_ways():
+    rows = fleet_run.step_costs("tiny", RECIPE, batches=(1,), together=2, rounds=1)
+    assert [row["arm"] for row in rows] == ["fit", "fleet of 1", "fleet of 2"]
+    assert all(row["rows"] == 1 and row["cpu_ms_per_tenant"] > 0 for row in rows)
