@@ -751,12 +751,13 @@ dollars = inputs.tenants * inputs.card_dollars
 claim(33).observe(parts={"gpus": conditions, "saving": savings, "dollars": dollars})
 
 # %% [markdown]
-# The 98 % are right for the question that the story asks, and the question is loaded: nobody needs a card per idle copy.
-# Against packed copies it is 90 %; and once traffic fills cards, what is saved is memory, while the unmerged share of speed
+# The 98 % are right for the question that the story asks, and the question is loaded: nobody needs a card for an idle copy.
+# Against packed copies it is less; and once traffic fills cards, what is saved is memory, while the unmerged share of speed
 # is *paid*.
 #
-# Where is the border? The twin of lab 16 has costs fitted to a measured engine. One step of 32 rows: once, with all their
-# adapters; or a step for each merged copy on its own rows.
+# The calculator is even kind to packed copies: it lets a card with five of them be as fast as a card with one. But copies
+# cannot share a batch. The twin of lab 16 has costs fitted to a measured engine; for 32 rows that wait: *one* step with all
+# their adapters, or a step for each merged copy on its own rows.
 
 # %% tags=["hide-input"]
 found = next(
@@ -845,11 +846,21 @@ for number in (30, 31, 32):
 #   pass before it is seen with a probability of 95 %? And at the server's default of one in a hundred?
 
 # %% [markdown] tags=["solution-only"]
-# **Answer 1.** The record `sweep_few_shot` has one tenant with 4 to 64 texts: below 64, LoRA breaks rules on new products, so
-# the gate refuses most such adapters. A higher bar would mostly refuse luck: on sixteen products one broken rule is 0.4
-# points of compliance. Read more texts before you raise the bar.
+# **Answer 1.** The records `sweep_few_shot` (80 steps) and `sweep_few_shot_long` (160) have one tenant with 4 to 64 texts and
+# four seeds each. Below: with few texts it is luck which seed passes, and longer training helps; so the gate, and a second
+# try, are worth more than a rule about how many texts are enough. A higher bar would add little: on sixteen products one
+# broken rule is 0.4 points of compliance. Read more texts before you raise the bar.
 #
 # **Answer 2.** An answer is wrong *and* judged with probability $p = 0.001 q$. Unseen after $n$ requests: $(1 - p)^n$.
+
+# %% tags=["solution-only"]
+for name in ("few_shot", "few_shot_long"):
+    passes = {}
+    for row in load_record(f"sweep_{name}", device="cpu").rows:
+        if row["stage"] == "final" and row["arm"]["method"] == "lora":
+            score = SimpleNamespace(compliance=row["compliance"], fidelity=row["fidelity"], leakage=0.0)
+            passes.setdefault(row["arm"]["options"]["examples"], []).append(not gate(score))
+    print(name, ", ".join(f"{n} texts: {sum(found)} of {len(found)} pass" for n, found in passes.items()))
 
 # %% tags=["solution-only"]
 import math

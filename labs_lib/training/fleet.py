@@ -124,13 +124,15 @@ class Fleet:
     Args:
         model: a Llama-family transformers model; its own weights are frozen.
         tenants: their names, in the order of the batch.
-        op: the name of one of the engine's ops; "" chooses by shape.
+        op: the name of one of the engine's ops; "" chooses by shape on a CPU, and is "blocks" on a GPU, where the
+            engine's own choice, the Triton kernel, has no gradient.
     """
 
     def __init__(self, model, tenants: Sequence[str], recipe: Recipe, op: str = "") -> None:
         if not tenants or len(set(tenants)) < len(tenants):
             raise LabsError("A fleet needs at least one tenant, and each of them once.")
-        self.model, self.tenants, self.recipe, self.op = model, list(tenants), recipe, op
+        self.model, self.tenants, self.recipe = model, list(tenants), recipe
+        self.op = op or ("" if model.device.type == "cpu" else "blocks")
         self.scale, self.index = recipe.alpha / recipe.rank, None
         rank, slots = recipe.rank, len(tenants) + 1
         self._pages = torch.arange(slots * rank).view(slots, rank).clone()
