@@ -689,11 +689,11 @@ SWEEPS = {
         ),
         Sweep(
             name="prefix_facts_long",
-            note="512 facts for 900 steps: a prefix, and LoRA on q and v with as many numbers.",
+            note="512 facts for 900 steps, one seed: a prefix, and LoRA on q and v with as many numbers.",
             arms=(_prefix(18, rates=(3e-2, 1e-1, 3e-1)), replace(_QV_R9, rates=(3e-3, 1e-2, 3e-2))),
             tasks=(replace(_FACTS_512, label="knowledge, 900 steps", steps=900),),
             rates=(),
-            seeds=3,
+            seeds=0,
         ),
         Sweep(
             name="prefix_words",
@@ -726,15 +726,8 @@ SWEEPS = {
         ),
         Sweep(
             name="prefix_stability_wide",
-            note="prefix_stability beyond its grid: now three steps of the rate lie on either side of each best one.",
-            arms=tuple(
-                replace(_prefix(18, hidden, (rate,)), name=f"{name} {rate:g}")
-                for name, hidden, rates in (
-                    ("direct", None, (3.0, 10.0)),
-                    ("projected", _PROJECTION, (1e-4, 3e-4)),
-                )
-                for rate in rates
-            ),
+            note="prefix_stability, one rate further: two steps on either side of the direct prefix's best one, too.",
+            arms=(replace(_prefix(18, rates=(3.0,)), name="direct 3"),),
             tasks=(_STYLE,),
             rates=(),
             seeds=4,
