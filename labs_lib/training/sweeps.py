@@ -191,7 +191,7 @@ def _prefix(tokens: int, hidden: int | None = None, rates: tuple[float, ...] = _
     return Arm(name, method="prefix", options=options, rates=rates)
 
 
-_PROMPT_RATES, _PROMPT_NEAR = (3e-2, 1e-1, 3e-1), (3e-2, 5.5e-2, 1e-1)
+_PROMPT_RATES = (3e-2, 1e-1, 3e-1)
 
 
 def _prompt(tokens: int, init: str = "vocab", rates: tuple[float, ...] = _PROMPT_RATES, **more) -> Arm:
@@ -512,40 +512,33 @@ SWEEPS = {
         ),
         Sweep(
             name="prompt",
-            note="The bake-off's style: prompt tuning from normal numbers of size 1, and of 50 times the table's.",
+            note="The bake-off's style: prompt tuning from the vocabulary, and from normal numbers of three sizes.",
             arms=(
+                _prompt(20, name="vocabulary"),
+                _prompt(20, "random", name="normal, as the table", std=0.12),
                 _prompt(20, "random", name="normal, size 1", std=1.0),
-                _prompt(20, "random", name="normal, 50 times the table", std=6.0),
+                _prompt(20, "random", (1e-1, 3e-1, 9e-1), name="normal, 50 times the table", std=6.0),
             ),
             tasks=(replace(_STYLE, batch=8),),
             rates=(),
             seeds=5,
             widen=2,
             refine=0.99,
-            gentle=True,
         ),
         Sweep(
             name="prompt_tokens",
-            note="The bake-off's style: prompt tuning by the number of tokens, and from other starts.",
+            note="The bake-off's style: prompt tuning by the number of tokens, from texts, and from the guide.",
             arms=(
-                _prompt(6, rates=_PROMPT_NEAR),
-                _prompt(60, rates=_PROMPT_NEAR),
-                _prompt(2, rates=_PROMPT_NEAR),
-                _prompt(20, "random", _PROMPT_NEAR, name="normal, as the table", std=0.12),
+                _prompt(6),
+                _prompt(60),
+                _prompt(2),
                 _prompt(20, "guide", (3e-3, 1e-2, 3e-2), name="the guide"),
-                _prompt(
-                    20,
-                    "text",
-                    _PROMPT_NEAR,
-                    name="a text",
-                    text="Fathom Eleven, adventure brand for members:\n",
-                ),
+                _prompt(20, "text", name="a text", text="Fathom Eleven, adventure brand for members:\n"),
             ),
             tasks=(replace(_STYLE, batch=8),),
             rates=(),
             seeds=3,
             widen=1,
-            gentle=True,
         ),
         Sweep(
             name="prompt_medium",
@@ -569,7 +562,6 @@ SWEEPS = {
             size="tiny",
             widen=1,
             refine=0.99,
-            gentle=True,
         ),
         Sweep(
             name="prompt_long",
