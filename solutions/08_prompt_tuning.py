@@ -261,7 +261,7 @@ FAMILY = {size: load_record(f"sweep_prompt_{size}") for size in ("tiny", "medium
 for each in (*RECORDS.values(), *FAMILY.values()):
     print(each)
 STYLE, LONG, REVIEWS, FACTS = "style", "style, 240 steps", "classification", "knowledge, 512 facts"
-PROMPT, FULL = "prompt 20", "full fine-tuning"
+PROMPT, FULL, VOCABULARY = "prompt 20", "full fine-tuning", "vocabulary"
 
 
 def rows_of(arm, task=STYLE, stage="final", among=None):
@@ -286,7 +286,8 @@ def difference(first, second, key="score"):
 from labs_lib import fit
 from labs_lib.measure.quality import style_quality
 
-row = rows_of(PROMPT)[0] if rows_of(PROMPT) else {"lr": 0.03, "seed": 1, "loss": np.nan, "score": np.nan}
+unknown = {"lr": 0.03, "seed": 1, "loss": np.nan, "score": np.nan}  # where no record is
+row = (rows_of(VOCABULARY) or [unknown])[0]
 scale = max(0.1, round(embeddings.std().item() / 0.12, 1))  # the rate belongs to a table of this size
 draw = torch.Generator().manual_seed(row["seed"])
 model = add_prompt(lab.base()[0], 20, "vocab", generator=draw, kind=PromptTuning)
@@ -378,8 +379,8 @@ for task, label in TASKS.items():
 # **Was it trained too little?** Four times the steps, rates tuned again:
 
 # %%
-for label in (STYLE, LONG):
-    if rows := rows_of(PROMPT, label):
+for arm, label in ((VOCABULARY, STYLE), (PROMPT, LONG)):
+    if rows := rows_of(arm, label):
         exact, kept = mean_ci(percent(rows)), np.mean(percent(rows, "compliance"))
         loss = np.mean([row["loss"] for row in rows])
         print(
@@ -406,7 +407,7 @@ STARTS = {
     "normal, 50 times the table": "normal, 50 x table",
     "normal, size 1": "normal, N(0, 1)",
     "normal, as the table": "normal, 1 x table",
-    PROMPT: "vocabulary",
+    VOCABULARY: "vocabulary",
     "a text": "a text",
     "the guide": "the guide",
 }
@@ -425,13 +426,13 @@ for y, (start, color) in enumerate(zip(STARTS, colors, strict=True)):
     right.plot([r["lr"] for r in tried], [r["loss"] for r in tried], "o-", color=color, label=STARTS[start])
 left.set_yticks(range(len(STARTS)), STARTS.values())
 left.set_xlim(0, 100)
-worst = min(drawn_starts, key=lambda each: np.mean(percent(rows_of(each), "compliance")), default=PROMPT)
+worst = min(drawn_starts, key=lambda each: np.mean(percent(rows_of(each), "compliance")), default=VOCABULARY)
 finding(left, f"Worst start: {STARTS[worst]}", "exact texts (filled), rules kept (open), %")
 right.set(xscale="log", yscale="log")
 if drawn_starts:
     right.legend(fontsize=7.5)
 chosen = {start: rows_of(start)[0]["lr"] for start in drawn_starts}
-title = ", ".join(f"{STARTS[s]}: {chosen[s]:g}" for s in (PROMPT, *list(STARTS)[:1]) if s in chosen)
+title = ", ".join(f"{STARTS[s]}: {chosen[s]:g}" for s in (VOCABULARY, *list(STARTS)[:1]) if s in chosen)
 finding(right, f"Best rates: {title}", "learning rate", "last training loss (nats per token)")
 means = {
     STARTS[s]: f"{np.mean(percent(rows_of(s))):.0f} / {np.mean(percent(rows_of(s), 'compliance')):.0f}"
@@ -502,7 +503,8 @@ print("on Llama-2-7B, MB of cache for each running request:", {n: f"{mb:.0f}" fo
 
 # %% tags=["hide-input"]
 fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
-by_count = {n: rows_of(f"prompt {n}") for n in COUNTS if rows_of(f"prompt {n}")}
+by_count = {n: rows_of(f"prompt {n}" if n != 20 else VOCABULARY) for n in COUNTS}
+by_count = {n: rows for n, rows in by_count.items() if rows}
 drawn = look("prompt")
 for key, fill, label in (("compliance", "white", "rules kept"), ("score", drawn.color, "exact texts")):
     each = [mean_ci(percent(rows, key)) for rows in by_count.values()]
@@ -776,8 +778,8 @@ for each in bench["rows"]:
 # **Claim 24**: the chapter's sketch starts at random. Each start at its own best rate, paired seeds:
 
 # %%
-vocabulary = rows_of(PROMPT)
-against = {"N(0, 1)": "normal, size 1", "as far out as N(0, 1) on Llama": "normal, 50 times the table"}
+vocabulary = rows_of(VOCABULARY)
+against = {"N(0, 1)": "normal, size 1", "50 times the table, as on Llama": "normal, 50 times the table"}
 gaps = {
     name: difference(rows_of(start), vocabulary)
     for name, start in against.items()
@@ -799,12 +801,19 @@ for name, start in against.items():
 # %% tags=["hide-input"]
 import json
 
-BASES = {"tiny": [FAMILY["tiny"]], "small": [RECORDS["bakeoff"]], "medium": [FAMILY["medium"]]}
+BASES = {
+    "tiny": [FAMILY["tiny"]],
+    "small": [RECORDS["bakeoff"], RECORDS["prompt"]],
+    "medium": [FAMILY["medium"]],
+}
 WIDTHS = {"tiny": 64, "small": 128, "medium": 256}
 KEYS = {"rules kept": "compliance", "exact texts": "score"}
 GUIDED = {"rules kept": "style compliance, guide in prompt", "exact texts": "exact copy, guide in prompt"}
 cells = {
-    (what, size, arm): {row["seed"]: 100 * row[key] for row in rows_of(arm, among=records)}
+    (what, size, arm): {
+        row["seed"]: 100 * row[key]
+        for row in rows_of(VOCABULARY if (size, arm) == ("small", PROMPT) else arm, among=records)
+    }
     for what, key in KEYS.items()
     for size, records in BASES.items()
     for arm in (PROMPT, FULL)
