@@ -104,6 +104,7 @@ from transformers import DynamicCache
 PrefixTuning = check(PrefixTuning)
 
 
+# %%
 def drawn(seed):
     return torch.Generator().manual_seed(seed)
 
@@ -114,6 +115,7 @@ def direct(tokens, seed=lab.seed):
     return PrefixTuning(lab.base()[0], DirectPrefix(start), DynamicCache).to(lab.device)
 
 
+# %%
 ids = tokenizer("Facts: Sorrel Dell chair wool lilac", return_tensors="pt")["input_ids"].to(lab.device)
 with torch.no_grad():
     plain, prefixed = base(input_ids=ids).logits, direct(10)(input_ids=ids).logits
@@ -140,6 +142,7 @@ def projected(tokens, hidden=128, seed=lab.seed):
     return PrefixTuning(lab.base()[0], prefix, DynamicCache).to(lab.device)
 
 
+# %%
 model = projected(18)
 kept = model.prefix.export()
 print("in training:", count_parameters(model))
@@ -182,9 +185,8 @@ def batch_of(rows):
     return {key: value.to(lab.device) for key, value in encoded.items()}
 
 
-batch = batch_of(style_task["train"][:8])
-
 # %%
+batch = batch_of(style_task["train"][:8])
 from labs_lib.lab.cards import table
 from peft import PrefixTuningConfig, get_peft_model
 
@@ -205,6 +207,7 @@ def results(model, prefix):
     return output.logits.detach(), torch.cat([each.grad.flatten() for each in prefix.parameters()])
 
 
+# %%
 rows, PROJECTED = [], {"prefix_projection": True, "encoder_hidden_size": 128}
 for kind, ours, settings in (("direct", direct(10), {}), ("projected", projected(10), PROJECTED)):
     theirs = peft_of(ours, **settings)
@@ -229,6 +232,8 @@ shelf = tempfile.TemporaryDirectory()
 folder = Path(shelf.name)
 save_prefix(ours, folder / "ours", base="shipped")
 theirs.save_pretrained(folder / "theirs")
+
+# %%
 there = PeftModel.from_pretrained(lab.base()[0], folder / "ours").eval()
 back = load_prefix(lab.base()[0], folder / "theirs", DynamicCache).eval()
 with torch.no_grad():
@@ -262,6 +267,7 @@ def lens(module, query, key, value, attention_mask, scaling, **_):
     return output.nan_to_num().transpose(1, 2).contiguous(), None  # nan: padding, which sees no text
 
 
+# %%
 AttentionInterface.register("lens", lens)
 AttentionMaskInterface.register("lens", eager_mask)
 
@@ -315,6 +321,8 @@ pads = torch.full((len(ids), 10), tokenizer.pad_token_id, device=lab.device)
 mask = torch.cat([torch.zeros_like(pads), torch.ones_like(ids)], dim=1)
 padded = {"input_ids": torch.cat([pads, ids], dim=1), "attention_mask": mask}
 positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+# %%
 rows, LORA2 = [], {"targets": "all-linear", "rank": 2, "alpha": 4}
 lora, tuned = inject_lora(lab.base()[0], **LORA2, generator=drawn(1)).eval(), direct(10).eval()
 for name, model, wanted in (
@@ -322,7 +330,8 @@ for name, model, wanted in (
     ("LoRA, positions given", lora, positions),
     ("prefix, ours", tuned, {}),
     ("prefix, ours, positions given", tuned, positions),
-    ("prefix, PEFT's, positions given", peft_of(tuned), positions),
+    ("prefix, PEFT's", other := peft_of(tuned), {}),
+    ("prefix, PEFT's, positions given", other, positions),
 ):
     with torch.no_grad():
         alone, beside = model(input_ids=ids).logits, model(**padded, **wanted).logits[:, 10:]
@@ -553,6 +562,7 @@ def gates_and_means(model, tokens, inputs):
     return torch.stack([gate[:, 0] for gate, _ in means]), [said[None, :, None] for _, said in means]
 
 
+# %%
 gates = {
     "guide, read": gates_and_means(read, len(guide_ids), texts)[0].cpu(),
     "style, trained": gates_and_means(trained, 18, texts)[0].cpu(),
@@ -602,6 +612,7 @@ def exact(model, rows):
     return 100 * np.mean(recall(model, tokenizer, rows))
 
 
+# %%
 lines = []
 for name, model, inputs, rows in (("style", trained, texts, test), ("facts", knows, questions, known)):
     start, constant = nats(base, rows), gates_and_means(model, 18, inputs)[1]
@@ -621,7 +632,7 @@ table(lines)
 
 # %% [markdown] tags=["takeaway"]
 # Before you call a method weak, ask three questions. Had it time? Was it in the right place? Then: is it its form? The gap at 150
-# steps, nearly four to one at equal parameters, was mostly place: attention is slow to learn facts, whoever trains it.
+# steps and equal parameters was mostly place: attention is slow to learn facts, whoever trains it.
 
 # %% [markdown]
 # ## 5. The chapter on trial
@@ -768,6 +779,7 @@ def around(kind, steps):
     return rates[max(0, place - steps) : place + steps + 1]
 
 
+# %%
 shared = [lr for lr in runs["direct"] if lr in runs["projected"]]
 ratios = {"the same rates for both": spread_ratio(dict.fromkeys(KINDS, shared))}
 windows = {kind: around(kind, 2) for kind in KINDS}
@@ -852,11 +864,14 @@ def cache_bytes(past):
     return sum(each.nbytes for keys, values, *_ in past for each in (keys, values))
 
 
+# %%
 with torch.no_grad():
     with_prefix, without = (m(input_ids=ids, use_cache=True).past_key_values for m in (direct(30), base))
 here = (cache_bytes(with_prefix) - cache_bytes(without)) / (
     30 * layers * 2 * heads * size * lab.dtype.itemsize
 )
+
+# %%
 rows, exact, share = [], {"this base": here}, {}
 for name in ("llama-2-7b", "llama-3-8b", "llama-3.2-1b", "smollm2-135m"):
     twin = random_like(name, dtype=torch.float16)
@@ -1032,6 +1047,7 @@ def attempt(what):
     return "no error"
 
 
+# %%
 def before():
     model = lab.base()[0]
     model.gradient_checkpointing_enable()
