@@ -261,7 +261,7 @@ FAMILY = {size: load_record(f"sweep_prompt_{size}") for size in ("tiny", "medium
 for each in (*RECORDS.values(), *FAMILY.values()):
     print(each)
 STYLE, LONG, REVIEWS, FACTS = "style", "style, 240 steps", "classification", "knowledge, 512 facts"
-PROMPT, FULL, VOCABULARY = "prompt 20", "full fine-tuning", "vocabulary"
+PROMPT, FULL = "prompt 20", "full fine-tuning"
 
 
 def rows_of(arm, task=STYLE, stage="final", among=None):
@@ -287,7 +287,7 @@ from labs_lib import fit
 from labs_lib.measure.quality import style_quality
 
 unknown = {"lr": 0.03, "seed": 1, "loss": np.nan, "score": np.nan}  # where no record is
-row = (rows_of(VOCABULARY) or [unknown])[0]
+row = (rows_of(PROMPT) or [unknown])[0]
 scale = max(0.1, round(embeddings.std().item() / 0.12, 1))  # the rate belongs to a table of this size
 draw = torch.Generator().manual_seed(row["seed"])
 model = add_prompt(lab.base()[0], 20, "vocab", generator=draw, kind=PromptTuning)
@@ -379,8 +379,8 @@ for task, label in TASKS.items():
 # **Was it trained too little?** Four times the steps, rates tuned again:
 
 # %%
-for arm, label in ((VOCABULARY, STYLE), (PROMPT, LONG)):
-    if rows := rows_of(arm, label):
+for label in (STYLE, LONG):
+    if rows := rows_of(PROMPT, label):
         exact, kept = mean_ci(percent(rows)), np.mean(percent(rows, "compliance"))
         loss = np.mean([row["loss"] for row in rows])
         print(
@@ -407,7 +407,7 @@ STARTS = {
     "normal, 50 times the table": "normal, 50 x table",
     "normal, size 1": "normal, N(0, 1)",
     "normal, as the table": "normal, 1 x table",
-    VOCABULARY: "vocabulary",
+    PROMPT: "vocabulary",
     "a text": "a text",
     "the guide": "the guide",
 }
@@ -426,13 +426,13 @@ for y, (start, color) in enumerate(zip(STARTS, colors, strict=True)):
     right.plot([r["lr"] for r in tried], [r["loss"] for r in tried], "o-", color=color, label=STARTS[start])
 left.set_yticks(range(len(STARTS)), STARTS.values())
 left.set_xlim(0, 100)
-worst = min(drawn_starts, key=lambda each: np.mean(percent(rows_of(each), "compliance")), default=VOCABULARY)
+worst = min(drawn_starts, key=lambda each: np.mean(percent(rows_of(each), "compliance")), default=PROMPT)
 finding(left, f"Worst start: {STARTS[worst]}", "exact texts (filled), rules kept (open), %")
 right.set(xscale="log", yscale="log")
 if drawn_starts:
     right.legend(fontsize=7.5)
 chosen = {start: rows_of(start)[0]["lr"] for start in drawn_starts}
-title = ", ".join(f"{STARTS[s]}: {chosen[s]:g}" for s in (VOCABULARY, *list(STARTS)[:1]) if s in chosen)
+title = ", ".join(f"{STARTS[s]}: {chosen[s]:g}" for s in (PROMPT, *list(STARTS)[:1]) if s in chosen)
 finding(right, f"Best rates: {title}", "learning rate", "last training loss (nats per token)")
 means = {
     STARTS[s]: f"{np.mean(percent(rows_of(s))):.0f} / {np.mean(percent(rows_of(s), 'compliance')):.0f}"
@@ -492,7 +492,7 @@ table(
 from labs_lib.measure import count_flops
 from labs_lib.measure.budget import cache_bytes
 
-COUNTS = (2, 6, 20, 60, 200)
+COUNTS = (6, 20, 60, 200)
 inputs = {"input_ids": batch["input_ids"]}
 plain = count_flops(base, **inputs)
 flops = {n: count_flops(add_prompt(base, n), **inputs) / plain for n in COUNTS}
@@ -503,7 +503,7 @@ print("on Llama-2-7B, MB of cache for each running request:", {n: f"{mb:.0f}" fo
 
 # %% tags=["hide-input"]
 fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
-by_count = {n: rows_of(f"prompt {n}" if n != 20 else VOCABULARY) for n in COUNTS}
+by_count = {n: rows_of(f"prompt {n}" if n != 20 else PROMPT) for n in COUNTS}
 by_count = {n: rows for n, rows in by_count.items() if rows}
 drawn = look("prompt")
 for key, fill, label in (("compliance", "white", "rules kept"), ("score", drawn.color, "exact texts")):
@@ -778,7 +778,7 @@ for each in bench["rows"]:
 # **Claim 24**: the chapter's sketch starts at random. Each start at its own best rate, paired seeds:
 
 # %%
-vocabulary = rows_of(VOCABULARY)
+vocabulary = rows_of(PROMPT)
 against = {"N(0, 1)": "normal, size 1", "50 times the table, as on Llama": "normal, 50 times the table"}
 gaps = {
     name: difference(rows_of(start), vocabulary)
@@ -803,17 +803,14 @@ import json
 
 BASES = {
     "tiny": [FAMILY["tiny"]],
-    "small": [RECORDS["bakeoff"], RECORDS["prompt"]],
+    "small": [RECORDS["bakeoff"]],
     "medium": [FAMILY["medium"]],
 }
 WIDTHS = {"tiny": 64, "small": 128, "medium": 256}
 KEYS = {"rules kept": "compliance", "exact texts": "score"}
 GUIDED = {"rules kept": "style compliance, guide in prompt", "exact texts": "exact copy, guide in prompt"}
 cells = {
-    (what, size, arm): {
-        row["seed"]: 100 * row[key]
-        for row in rows_of(VOCABULARY if (size, arm) == ("small", PROMPT) else arm, among=records)
-    }
+    (what, size, arm): {row["seed"]: 100 * row[key] for row in rows_of(arm, among=records)}
     for what, key in KEYS.items()
     for size, records in BASES.items()
     for arm in (PROMPT, FULL)
