@@ -422,12 +422,14 @@ for y, (start, color) in enumerate(zip(STARTS, colors, strict=True)):
         low, high = np.clip(each.ci, 0, 100)
         left.plot([low, high], [y, y], color=color, lw=1.5)
         left.plot(each.value, y, marker, color=color, markerfacecolor=fill, ms=7, clip_on=False)
+    seeds = percent(rows_of(start))
+    left.plot(seeds, [y + 0.25] * len(seeds), ".", color=color, ms=5, clip_on=False)
     tried = rows_of(start, stage="sweep")
     right.plot([r["lr"] for r in tried], [r["loss"] for r in tried], "o-", color=color, label=STARTS[start])
 left.set_yticks(range(len(STARTS)), STARTS.values())
 left.set_xlim(0, 100)
 worst = min(drawn_starts, key=lambda each: np.mean(percent(rows_of(each), "compliance")), default=PROMPT)
-finding(left, f"Worst start: {STARTS[worst]}", "exact texts (filled), rules kept (open), %")
+finding(left, f"Worst start: {STARTS[worst]}", "exact texts (filled; dots: seeds), rules kept (open), %")
 right.set(xscale="log", yscale="log")
 if drawn_starts:
     right.legend(fontsize=7.5)
@@ -480,8 +482,8 @@ table(
 # tokens it stays what chance made it. Whether a tuned rate makes up for that is the question of claim 24.
 
 # %% [markdown] tags=["takeaway"]
-# A soft prompt's learning rate has a unit: the size of the vectors. Start from the vocabulary or, better, from the best prompt
-# that you can write; if you start at random, scale it to the table.
+# A soft prompt's learning rate has a unit: the size of the vectors. Start from the best prompt that you can write. If you start
+# at random, tune the rate for that size, and try several seeds: look at the dots.
 
 # %% [markdown]
 # ### How many tokens?
