@@ -463,7 +463,7 @@ show(
 # On the style the prefix is about LoRA's equal (though look what it forgot); on the facts it has a fraction. It would be easy to
 # stop here and say: a prefix adds averages of constants, and a fact is no constant. But look at LoRA on q and v. It adds any
 # linear function of the text, has exactly as many numbers, and knows no more. What the two share is the *place*. The arm that
-# may touch the MLP alone does as well as any. More numbers (74 tokens) do not help.
+# may touch the MLP alone does as well as any (its interval is wide). More numbers, 74 tokens, do not help.
 #
 # Three suspects, then: the form, the place, and the time (lab 11 taught us that). One by one.
 
@@ -587,7 +587,7 @@ told = {
 show(fig, alt=f"Three heat maps of the mean gate by layer and head. Gates: {told}.")
 
 # %% [markdown]
-# A bounded mean cannot shout. To add more, a head opens its gate, and whatever share the prefix gets, the text loses: $(1 - g)\,h$.
+# The facts, by far. A bounded mean cannot shout. To add more, a head opens its gate, and whatever share the prefix gets, the text loses: $(1 - g)\,h$.
 # LoRA's sum takes nothing away.
 #
 # Next, take the choice away. In every head, put the mean over all training tokens in place of what the prefix says there. The
@@ -632,7 +632,7 @@ table(lines)
 
 # %% [markdown] tags=["takeaway"]
 # Before you call a method weak, ask three questions. Had it time? Was it in the right place? Then: is it its form? The gap at 150
-# steps and equal parameters was mostly place: attention is slow to learn facts, whoever trains it.
+# steps and equal parameters was mostly place: this base's attention is slow to learn facts, whoever trains it.
 
 # %% [markdown]
 # ## 5. The chapter on trial
@@ -804,7 +804,7 @@ for kind in KINDS:
 # %% [markdown]
 # **Claim 13**: for classification, prefix tuning is "strong at steering attention". The task: is a review good or bad, where 40 %
 # say "but" and 20 % negate, neither of which the base has seen. All methods with their own sweep of rates, 40 steps; and the
-# main ones again for 120, with more seeds.
+# main ones again for 120 (`labs sweep prefix_reviews` and `prefix_reviews_long`).
 
 # %% tags=["hide-input"]
 REVIEWS = {
@@ -845,7 +845,7 @@ for when in REVIEWS:
 claim(13).observe(conditions=measured)
 
 # %% [markdown]
-# Not here. After 40 steps LoRA is ahead or not to be told apart, and what prefixes get wrong are the negations. After 120 steps
+# It does not look so. After 40 steps LoRA is ahead or not to be told apart, and what prefixes get wrong are the negations. After 120 steps
 # everybody gets everything right, so nothing is left to choose by but what was forgotten. A task with a ceiling does not rank
 # methods; the chapter's sentence needs a harder one. Those who proposed the method did not claim it either:
 
