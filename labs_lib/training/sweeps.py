@@ -644,6 +644,18 @@ SWEEPS = {
             widen=2,
         ),
         Sweep(
+            name="galore_scratch_control",
+            note="galore_scratch by Adam with the matrices at a quarter of the rate.",
+            arms=(
+                _fresh(replace(_FULL, name="Adam, scaled", rates=_GALORE_RATES, options={"matrices": 0.25})),
+            ),
+            tasks=(replace(_WAYBILLS, steps=100),),
+            rates=(),
+            seeds=5,
+            size="tiny",
+            widen=2,
+        ),
+        Sweep(
             name="galore_rank",
             note="Continued pretraining on waybills by GaLore: rank by learning rate, three seeds.",
             arms=tuple(
