@@ -82,7 +82,8 @@ def spread(todo: Sequence[Work], here: bool = False) -> Iterator[tuple[list[dict
         for work in todo:
             yield run_batch(work, _progress(work))
         return
-    remote = ray.remote(num_cpus=1, max_retries=2)(_one_core)
+    gpus = int(any(work.device != "cpu" for work in todo))
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(_one_core)
     try:
         waiting = [remote.remote(work) for work in todo]
         while waiting:
@@ -310,6 +311,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--together", type=int, help="tenants in a batch (default: as many as keep a core busy)"
     )
+    parser.add_argument("--device", default="cpu", help="where each batch is trained (default: cpu)")
     parser.add_argument("--here", action="store_true", help="in this process, even if Ray is installed")
     parser.add_argument("--limit", type=int, help="stop after so many batches; the next call goes on")
     parser.add_argument(
@@ -338,9 +340,8 @@ def main(args: argparse.Namespace) -> int:
     tenants = [load_tenant(slug).slug for slug in args.tenants] or [each.slug for each in load_tenants()]
     recipe = Recipe(rank=args.rank, alpha=2 * args.rank, lr=args.lr, steps=args.steps, seed=args.seed)
     folder = args.out or default_folder(recipe, args.base)
-    rows = run_fleet(
-        tenants, recipe, args.base, folder, together=args.together, here=args.here, limit=args.limit
-    )
+    settings = {"together": args.together, "here": args.here, "limit": args.limit, "device": args.device}
+    rows = run_fleet(tenants, recipe, args.base, folder, **settings)
     passed = [row for row in rows if not row["refused"]]
     print(f"{len(rows)} of {len(tenants)} trained, {len(passed)} passed the gate: {folder}")
     if len(rows) < len(tenants):
