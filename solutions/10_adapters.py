@@ -811,11 +811,15 @@ for kind, ways_ in composition.WAYS.items():
                 "": f"{'LoRA r2' if kind == 'lora' else 'adapters'}: {NAMES[way]}",
                 "trained": f"{done[0]['trained']:,}",
             }
-            line |= {
-                "style: exact %": str(percent(done, "first")),
-                "facts recalled %": str(percent(done, "second")),
-            }
-            rows.append(line | {"old facts kept %": f"{percent(done, 'kept').value:.0f}"})
+            for title, key in (("style: exact %", "first"), ("facts recalled %", "second")):
+                line[title] = str(percent(done, key))
+            for title, key in (
+                ("rules kept %", "compliance"),
+                ("practised facts %", "practised"),
+                ("old facts %", "kept"),
+            ):
+                line[title] = f"{percent(done, key).value:.0f}"
+            rows.append(line)
 table(rows)
 
 # %% tags=["hide-input"]
@@ -854,8 +858,21 @@ show(
     alt=f"Facts recalled against exact texts of the style, in percent, one point per way to put two adapters together, means of the seeds: {points}.",
 )
 
+# %% [markdown]
+# As they are, two adapters ruin each other. In neither order, nor side by side, is an exact text left (or hardly one), and
+# most facts are gone: each learned to read and to write the states of a base without the other. Two LoRAs added up lose
+# less, and half of each least.
+#
+# A trained fusion brings most of the style back and about half of the facts that it has *not* practised. The new adapter,
+# after the same practice, knows none of those: they do come from the facts' adapter. But those that it practised it recalls
+# nearly all: its value matrices, larger than both adapters, learned them by heart.
+#
+# One adapter for both, on all the data, is better than any of this.
+
 # %% [markdown] tags=["takeaway"]
-# COMPOSITION_TAKEAWAY
+# Adapters can be put together in more ways than LoRA. They do not compose by themselves: a fusion must practise on both
+# skills, and keeps a part of either. It is for somebody else's skill whose data you do not have. If you have the data, train
+# one adapter on all of it.
 
 # %% [markdown]
 # ## 5. The chapter on trial
@@ -950,11 +967,19 @@ for name, cost in spent.items():
 table(rows)
 
 # %% [markdown]
-# MEMORY_TEXT
+# For the gradient of a matrix, its input must be kept. LoRA on all linear layers keeps the inputs of every one, adapters
+# those of one or two places per block. So at equal numbers the adapters need *less* than that LoRA: "Medium" against "Low" is the
+# wrong way round. LoRA on two layers only keeps little as well.
+#
+# **Inference overhead** "Small (sequential)": of the work, yes; of the time, see above. **Best for** "Compositional
+# multi-task": what you measured in section 4 does not support it. Two trained adapters put together lost both skills, LoRAs
+# lost less, and a fusion has to practise.
 
 # %% [markdown]
 # ## 6. When would you choose it?
-# CHOOSE_TEXT
+# For one task LoRA: as good at the style, better at facts, and merged it delays nothing. Adapters when skills from several
+# people are to be mixed by a trained fusion and the delay does not matter, or when the sub-layer itself must not be touched
+# (a quantised FFN that you cannot dequantise, a kernel that you cannot change): a module behind it needs only its output.
 #
 # **The failure you will meet**: LLaMA-Adapter's files name layers, and PEFT puts the prompts into the *top* ones. Load an
 # adapter into a model of another depth, and nothing of it is used. Nobody says so.
