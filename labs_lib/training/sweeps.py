@@ -657,7 +657,7 @@ SWEEPS = {
         ),
         Sweep(
             name="galore_rank",
-            note="Continued pretraining on waybills by GaLore: rank by learning rate, three seeds.",
+            note="Continued pretraining on waybills by GaLore: rank by learning rate, five seeds.",
             arms=tuple(
                 _galore(rank, name=f"GaLore r{rank} {rate:g}", rates=(rate,))
                 for rank in (4, 32)
@@ -665,7 +665,7 @@ SWEEPS = {
             ),
             tasks=(replace(_WAYBILLS, batch=8),),
             rates=(),
-            seeds=2,
+            seeds=4,
         ),
         Sweep(
             name="galore_gap",
@@ -678,6 +678,7 @@ SWEEPS = {
             rates=(),
             seeds=3,
             size="tiny",
+            widen=2,
         ),
         Sweep(
             name="prefix_long",
