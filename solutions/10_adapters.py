@@ -859,15 +859,15 @@ show(
 )
 
 # %% [markdown]
-# As they are, two adapters ruin each other. In neither order, nor side by side, is an exact text left (or hardly one), and
-# most facts are gone: each learned to read and to write the states of a base without the other. Two LoRAs added up lose
-# less, and half of each least.
+# As they are, two adapters ruin each other. In neither order, nor side by side, is an exact text left (hardly one), and most
+# facts are gone: each learned to read and write the states of a base without the other. Two LoRAs added up lose less,
+# half of each least.
 #
 # A trained fusion brings most of the style back and about half of the facts that it has *not* practised. The new adapter,
-# after the same practice, knows none of those: they do come from the facts' adapter. But those that it practised it recalls
-# nearly all: its value matrices, larger than both adapters, learned them by heart.
+# after the same practice, knows none of those: they come from the facts' adapter. The practised ones it has nearly all:
+# its value matrices, larger than both adapters, learned them by heart.
 #
-# One adapter for both, on all the data, is better than any of this.
+# One adapter for both, on all the data, beats all of this.
 
 # %% [markdown] tags=["takeaway"]
 # Adapters can be put together in more ways than LoRA. They do not compose by themselves: a fusion must practise on both
@@ -968,8 +968,8 @@ table(rows)
 
 # %% [markdown]
 # For the gradient of a matrix, its input must be kept. LoRA on all linear layers keeps the inputs of every one, adapters
-# those of one or two places per block. So at equal numbers the adapters need *less* than that LoRA: "Medium" against "Low" is the
-# wrong way round. LoRA on two layers only keeps little as well.
+# those of one or two places per block. So at equal numbers the adapters need *less* than that LoRA: "Medium" against "Low"
+# is the wrong way round.
 #
 # **Inference overhead** "Small (sequential)": of the work, yes; of the time, see above. **Best for** "Compositional
 # multi-task": what you measured in section 4 does not support it. Two trained adapters put together lost both skills, LoRAs
