@@ -300,6 +300,8 @@ for what, (d_in, d_out) in {
     print(f"{what}: printed class {tuple(printed.shape)}, library {tuple(library.shape)}")
     shapes[what] = tuple(printed.shape) == (2, d_out)
     sides[what] = printed.shape == library.shape
+
+# %%
 claim(42).observe(parts={"shape": shapes, "library": sides})
 
 # %% [markdown]
@@ -350,6 +352,8 @@ with mock.patch("torch.cuda.synchronize"):
     broken = try_it(GaLoreAdamW8bit)
 tried = {"galore_torch's, 8 bits": broken, "fixed, 8 bits": try_it(FixedGaLoreAdamW8bit)}
 tried["ours, all bits"] = try_it(GaLoreAdamW, eps=1e-8)
+
+# %%
 table(
     [
         {"optimizer": name, "loss": f"{losses[0]:.2f} to {losses[-1]:.2f}", "projected weights moved": f"{100 * far:.3f} %"}
@@ -916,6 +920,8 @@ trials = {
     f"{w}-byte weights, {s}-byte states": galore_bytes(llama, None, weight=w, state=s)
     for w, s in ((4, 4), (2, 2), (2, 4))
 }
+
+# %%
 claim(36).observe(conditions={name: held.optimizer / held.weights for name, held in trials.items()})
 claim(37).observe(galore_bytes(llama, None, state=4).optimizer / 1e9)
 claim(38).observe(
