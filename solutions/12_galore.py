@@ -610,7 +610,7 @@ show(fig, alt=f"Perplexity against bytes of optimizer state, continued and from 
 # Where everything trains, everybody comes down to the same shelf, with fewer bytes or more. LoRA as usual stays far above,
 # and not for its rank: beside trained embeddings it comes down as well. The text is full of tokens that the base has hardly
 # ever written, and an adapter on the matrices cannot teach a frozen embedding. From random weights GaLore ends *below* Adam,
-# at higher rates than Adam survives. Look at the control before you thank the projection.
+# at higher rates than Adam survives. Before you thank the projection: its matrices are also the slower ones.
 
 # %% [markdown]
 # Mind the limits: these runs are short, and what remains between shelf and floor nobody learns in them. On that the record
