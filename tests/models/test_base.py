@@ -90,3 +90,16 @@ def test_four_bit_loading_is_four_bit():
     )
     ids = tokenizer("Facts: Alder Arc kettle", return_tensors="pt")["input_ids"]
     assert torch.isfinite(packed(ids).logits).all()
+
+
+def test_a_fresh_base_has_the_shape_and_nothing_of_the_training():
+    from labs_lib.models.base import fresh_base
+
+    trained, fresh, other = load_base("tiny")[0], fresh_base("tiny", 1), fresh_base("tiny", 2)
+    shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in (trained, fresh)]
+    assert shapes[0] == shapes[1] and not fresh.training
+    weights = [
+        model.model.layers[0].mlp.up_proj.weight for model in (trained, fresh, other, fresh_base("tiny", 1))
+    ]
+    assert torch.equal(weights[1], weights[3])
+    assert not torch.allclose(weights[0], weights[1]) and not torch.allclose(weights[1], weights[2])
