@@ -391,8 +391,10 @@ for label in (STYLE, LONG):
         )
 
 # %% [markdown]
+# It was. With time every recorded seed gets there: the search is slow and uneven, not blocked.
+#
 # ### Where you start
-# A prompt's start is a hyperparameter like no other: with LoRA, $B = 0$ makes every start the same model. Six starts, each
+# Can a better start do the same in 60 steps? A prompt's start is a hyperparameter like no other: with LoRA, $B = 0$ makes every start the same model. Six starts, each
 # with its own sweep of rates and fresh seeds: normal numbers of three sizes, the vocabulary, a text about the task, the guide.
 #
 # Why "50 times the table"? PEFT draws numbers of size 1. Here that is
