@@ -417,6 +417,8 @@ STARTS = {
     "the guide": "the guide",
 }
 drawn_starts = [start for start in STARTS if rows_of(start)]
+
+# %% tags=["hide-input"]
 fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.6), width_ratios=(1, 1.1))
 colors = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(STARTS)))
 for y, (start, color) in enumerate(zip(STARTS, colors, strict=True)):
