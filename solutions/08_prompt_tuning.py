@@ -843,6 +843,9 @@ for name, start in against.items():
         print(f"{name}: rules kept {difference(rows_of(start), vocabulary, 'compliance')} points")
 
 # %% [markdown]
+# Five seeds of a lottery cannot tell a point. What they do say: nothing here speaks *for* the vocabulary at equal steps, and a
+# random start without a rate of its own is what fails.
+#
 # **Claim 25**: prompt tuning "is only competitive with very large models". The three bases are 64, 128 and 256 wide. Twenty
 # soft tokens and full fine-tuning, each tuned on each; and what each base makes of a written guide. (`tiny` is the weaker
 # writer to begin with. `small` and `medium` are equally competent, so that step is the clean one.)
@@ -915,12 +918,14 @@ if far_rows and rows_of(FULL):
     )
 
 # %% [markdown]
-# The last line is the surprise: with another start and a rate to match, the gap is nearly gone at one million parameters. Part
+# The means move the chapter's way, and three seeds that differ so much cannot settle it; the far start on every base would. The
+# last line is the surprise: with another start and a rate to match, the gap is nearly gone at one million parameters. Part
 # of what looks like size is search. (This style is a thing the base can do. Of new facts it learned next to none.)
 #
 # A trend over three small models says which way it goes, not where it ends. In the paper prompt tuning meets full fine-tuning
 # at about 10 billion parameters, on SuperGLUE. What would tell: one task, from 100 million to 10 billion, starts tuned at each.
-#
+
+# %% [markdown]
 # **Claim 53**: soft tokens find "representations that no natural language token could express". The recorded seeds:
 
 # %%
