@@ -193,8 +193,8 @@ print("Guide:", newcomer.guide)
 print(new_rows["train"]["completion"][0])
 
 # %% [markdown]
-# These train now, in one batch; with them a known tenant once more, and whomever the fleet's own run left unsatisfied: the
-# record says who failed at the gate below, and gets a second try with another seed.
+# These two train now, in one batch, and with them whomever the fleet's own run left unsatisfied: the record says who failed
+# at the gate below. They get a second try with another seed.
 #
 # *You should see* losses fall together. The mix-up's is as good as anybody's: a loss cannot tell whose texts it learned.
 
@@ -209,7 +209,7 @@ print(record)
 of = {name: [row for row in record.rows if row["section"] == name] for name in ("tenant", "step")}
 failed = [row["tenant"] for row in of["tenant"] if row["refused"]]
 recipe = replace(Recipe(), steps=lab.steps(40), seed=1)  # two thirds of the fleet's steps
-data = {slug: load_task("style", tenant=slug)["train"][:] for slug in ("fathom-eleven", *failed[:2])}
+data = {slug: load_task("style", tenant=slug)["train"][:] for slug in failed[:2]}
 data |= {
     "mossgate-lamps": new_rows["train"],
     "mix-up": load_task("style", tenant="quillfeather-post")["train"][:],
@@ -225,7 +225,6 @@ import matplotlib.pyplot as plt
 
 fig, ax = plt.subplots(figsize=(7.2, 3.2))
 paint = {
-    "fathom-eleven": look("lora").color,
     "mossgate-lamps": look("ia3").color,
     "mix-up": look("dora").color,
 }
@@ -315,7 +314,6 @@ made = {name: save_adapter(root / name, live.adapters[name], recipe, NAME) for n
 few = lab.rows(16)
 held = {key: values[:few] for key, values in new_rows["validation"].items()}
 candidates = {
-    "fathom-eleven, again": Candidate.of(made["fathom-eleven"], "fathom-eleven", rows=few),
     "mossgate-lamps": Candidate(made["mossgate-lamps"], newcomer, held),
     "mix-up": Candidate.of(made["mix-up"], "fathom-eleven", rows=few),
 }
@@ -327,7 +325,7 @@ for slug in failed:
 scores = read_by_rules(base, tokenizer, candidates)
 refused = {name: reasons for name, score in scores.items() if (reasons := gate(score))}
 for name in candidates:
-    print(f"{name:32s} {'; '.join(refused[name]) if name in refused else 'passes'}")
+    print(f"{name:34s} {'; '.join(refused[name]) if name in refused else 'passes'}")
 
 # %% tags=["hide-input"]
 points = [(row["tenant"], row["validation_compliance"], row["validation_fidelity"]) for row in of["tenant"]]
@@ -366,8 +364,10 @@ for row in of["tenant"]:
     if row["refused"] and f"{row['tenant']}, first" in scores:
         rules = scores[f"{row['tenant']}, first"].per_rule
         weak = sorted(rules, key=rules.get)[:3]
-        print(f"{row['tenant']}: trained to a loss of {row['loss']:.4f}, and breaks")
-        print("  " + ", ".join(f"{rule} in {1 - rules[rule]:.0%} of its texts" for rule in weak))
+        print(
+            f"{row['tenant']}: trained to a loss of {row['loss']:.4f}, compliance {row['validation_compliance']:.3f}"
+        )
+        print("  broken: " + ", ".join(f"{rule} in {1 - rules[rule]:.0%} of its texts" for rule in weak))
 
 # %% [markdown]
 # A loss near zero, and yet copy that breaks rules: the loss is taken on the approved texts, token by token, *given* the right
