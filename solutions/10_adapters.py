@@ -831,7 +831,10 @@ for kind, ways_ in composition.WAYS.items():
     for way in ways_:
         if done := composed(kind, way):
             told[kind, way] = percent(done, "first").value, percent(done, "second").value
-untrained = [min(told[each]) for each in told if each[1] not in (*composition.SKILLS, *composition.RATES)]
+added = {"adapter": 0.0, "lora": 0.0}  # the lesser of the two skills, in the best way that needs no training
+for (kind, way), both_scores in told.items():
+    if way not in (*composition.SKILLS, *composition.RATES):
+        added[kind] = max(added[kind], min(both_scores))
 fused = min(told.get(("adapter", "fusion"), (0, 0)))
 
 # %% tags=["hide-input"]
@@ -850,7 +853,7 @@ for (kind, way), (x, y) in sorted(told.items(), key=lambda each: each[1][1]):
         name, (x, y), xytext=(x + 2.5, height), size=8, va="center", color=drawn.color, arrowprops=line
     )
 ax.set(xlim=(-4, 128), ylim=(-6, 112))
-title = f"Both skills at once: {max(untrained, default=0):.0f} % as they are, {fused:.0f} % with a fusion"
+title = f"Both skills at once: adapters {added['adapter']:.0f} %, LoRAs {added['lora']:.0f} %, a fusion {fused:.0f} %"
 finding(ax, title, "style: exact texts (%)", "facts recalled (%)")
 points = {f"{kind}, {SHORT.get(way, way)}": (round(x), round(y)) for (kind, way), (x, y) in told.items()}
 show(
