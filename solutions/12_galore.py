@@ -664,12 +664,15 @@ show(
 gaps = {}
 for row in GAP.rows:
     if row["stage"] == "final":
-        gaps.setdefault(row["arm"]["options"]["update_proj_gap"], []).append(row["perplexity"])
-for gap, values in gaps.items():
-    print(f"rank 4, a new basis every {gap:3d} steps: perplexity {mean_ci(values)}, {len(values)} seeds")
+        gaps.setdefault((row["arm"]["options"]["update_proj_gap"], row["lr"]), []).append(row["perplexity"])
+for (gap, lr), values in gaps.items():
+    print(
+        f"a new basis every {gap:3d} steps: perplexity {mean_ci(values)} at rate {lr:g}, {len(values)} seeds"
+    )
 
 # %% [markdown]
-# **How long does a basis stay right?** A second record (`labs spectra`): one batch of 16 makes the basis; other batches,
+# In 100 steps the gap hardly matters, as far as three seeds and a plateau of rates can tell. A surprise, if you look at what
+# a basis is worth after a while. **How long does it stay right?** A second record (`labs spectra`): one batch of 16 makes the basis; other batches,
 # at the same step and later, are projected onto it. Three models of the base's shape, three seeds. Grey is what each
 # gradient's *own* first directions would keep.
 
