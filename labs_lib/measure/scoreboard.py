@@ -94,7 +94,7 @@ def _line(each: Claim, stands: Sequence[Standing], link: Callable[[str], str]) -
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
-def svg(given: Board, columns: int = 11) -> str:
+def svg(given: Board, columns: int = 12) -> str:
     """A tile per claim, in the chapter's order: number, mark and colour of its verdict; pointing at it says the claim.
 
     Plain text without dates or random names: the same records make the same picture.
