@@ -500,7 +500,8 @@ SWEEPS = {
         ),
         Sweep(
             name="mix_and_match",
-            note="Prefix and parallel adapter in one model, the prefix with ten times the rate; about LoRA r2's 18,944 numbers.",
+            note="Prefix and parallel adapter in one model, the prefix with ten times the rate; "
+            "about LoRA r2's 18,944 numbers.",
             arms=(
                 _mixed("3 tokens, 15 units", 3, 15, (3e-3, 1e-2, 3e-2), prefix_rate=10),
                 _mixed("9 tokens, 9 units", 9, 9, (3e-3, 1e-2, 3e-2), prefix_rate=10),
