@@ -440,6 +440,10 @@ for where, site in adapted_sublayers(model).items():
 table(rows)
 
 # %% [markdown]
+# Mind the second column: after training an adapter adds *more* than its sub-layer made. It is no gentle correction. That
+# will matter when two of them meet.
+
+# %% [markdown]
 # **How near to nothing must the start be?** Houlsby et al. (section 3.6) found any `std` below 0.01 good and larger ones
 # worse. Twenty steps from each start:
 
@@ -453,6 +457,10 @@ for name in lab.grid(list(starts)):
     short = fit(fresh, tokenizer, style["train"][:], steps=lab.steps(20), lr=run.lr, seed=1, progress=False)
     rows.append({"start": name, "loss before": f"{first:.2f}", "after 20 steps": f"{short.final_loss:.3f}"})
 table(rows)
+
+# %% [markdown]
+# Here a tenth is as good as nothing, and only a half is worse: at this size there is more room than in the paper. That a
+# disturbed base can have a *lower* loss at first is no merit: it is only less sure of a style that is not the customer's.
 
 # %% [markdown]
 # ### A gate that starts at zero
@@ -518,6 +526,11 @@ show(
     fig,
     alt=f"Left: loss over the steps from a gate of 0 (solid) and of 1 (dotted), log axis; last values {ends[0.0]:.3g} and {ends[1.0]:.3g}. Right: the gate of each block over the steps, from 0 to {[round(float(g), 2) for g in gates[-1]]}.",
 )
+
+# %% [markdown]
+# An open gate lets random prompts talk into every layer: a lower loss at first, for the reason just given, then a detour, and
+# a worse end (one seed; the paper compares the two in its ablations). From zero, the gate opens as far as the prompts are
+# worth hearing, and in either direction: nothing keeps it positive.
 
 # %% [markdown]
 # ### At equal parameters, against LoRA
@@ -638,8 +651,10 @@ print(
 table(rows)
 
 # %% [markdown]
-# Far more time than work: the extra steps wait in line, whatever they compute. (Measured in turns, base and others within
-# each round; medians with 95 % intervals.) Published, on GPUs and larger models:
+# Far more time than work: the extra steps wait in line, whatever they compute. With many texts at once the line is better
+# used. LoRA *not* merged delays even more, since it stands beside every layer; but it need not stay so. And LLaMA-Adapter,
+# as in PEFT, makes the keys and values of its prompts anew for every token: that is real work. (Measured in turns, base and
+# others within each round; medians with 95 % intervals.) Published, on GPUs and larger models:
 
 # %%
 from labs_lib.measure import load_published
@@ -793,6 +808,9 @@ show(
     fig,
     alt=f"Bars per block: how much of the facts' adapter the fusion takes, for tokens of copy {[round(100 * s) for s in shares['copy']]} and of questions {[round(100 * s) for s in shares['questions']]} percent.",
 )
+
+# %% [markdown]
+# It has learned whom to ask: more of the facts' adapter where a question stands, more of the style's where copy is written.
 
 # %% [markdown]
 # **All ways, with seeds.** `labs compose facts` has each of them, fresh seeds, and two controls: a *new* adapter that practises
@@ -981,8 +999,8 @@ table(rows)
 # %% [markdown]
 # ## 6. When would you choose it?
 # For one task LoRA: as good at the style, better at facts, and merged it delays nothing. Adapters when skills from several
-# people are to be mixed by a trained fusion and the delay does not matter, or when the sub-layer itself must not be touched
-# (a quantised FFN that you cannot dequantise, a kernel that you cannot change): a module behind it needs only its output.
+# people are to be mixed by a trained fusion and the delay does not matter, or where only a sub-layer's output is within
+# reach. LLaMA-Adapter when the base must be untouched at the first step, to the last bit, and the text is short.
 #
 # **The failure you will meet**: LLaMA-Adapter's files name layers, and PEFT puts the prompts into the *top* ones. Load an
 # adapter into a model of another depth, and nothing of it is used. Nobody says so.
@@ -1072,7 +1090,11 @@ print(
 )
 
 # %% [markdown] tags=["solution-only"]
-# ANSWERS_TEXT
+# **Answer 1.** Without the lowest block's adapter no text is right any more: the adapters above it learned to read what it
+# wrote. AdapterDrop prepares for it: a random number of the lower ones is left out while training.
+#
+# **Answer 2.** A fusion runs every adapter and three matrices of full width besides. The time above says what that costs
+# here; the matrices cost the more, the wider the model.
 
 # %%
 progress()
