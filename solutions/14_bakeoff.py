@@ -203,8 +203,10 @@ table([{"one batch, many tenants": arm, **row["engines"]} for arm, row in cost.i
 
 # %% [markdown]
 # "refused" is an honest answer. "silently wrong" is the one to fear: tokens come, but another tenant's. Only LoRA's own
-# format is served everywhere, which may be the strongest argument in this whole lab. (A model that was trained as a whole,
-# and what has no PEFT format, counts as refused.)
+# format is served everywhere, which may be the strongest argument in this whole lab.
+#
+# Look at the unmerged requests, too: OFT, LoHa, VeRA, DoRA form whole matrices, or turn whole activations, for every token
+# that is read. Merged, all of that is gone; in a batch of many tenants nothing can be merged.
 
 # %% [markdown] tags=["takeaway"]
 # A comparison is its protocol. Ask of any table: who tuned whom, how far did the grids reach, how many seeds, and was
@@ -277,7 +279,8 @@ for arm in order:
 
 # %% [markdown]
 # Five seeds resampled give ranges that are rather too narrow (the five could all be lucky). Where even these overlap, nobody
-# should say "better".
+# should say "better". A wide interval is mostly a seed or two that collapsed: the best rate of a single seed can lie at the
+# edge of a cliff, as AdaLoRA's on the reviews and the soft prompt's on the style.
 #
 # **The fronts.** Three costs, one at a time. The band: where the front lies in 95 % of the repetitions.
 
@@ -350,8 +353,9 @@ print("On the front of parameters, of 500 repetitions:")
 print(", ".join(f"{arm} {share:.0%}" for arm, share in sorted(stays.items(), key=lambda item: -item[1])))
 
 # %% [markdown]
-# Memory and FLOPs hardly tell the methods apart: on a model this small, activations and the base's own work dwarf any
-# adapter. Section 5 counts a 7B model instead.
+# Fewer parameters are not less memory: what counts is what a step must form and keep. On a base this small a batch is hardly
+# larger than a weight, so whoever forms whole matrices in every step (DoRA, BOFT, VeRA) pays for it. Section 5 counts a 7B
+# model instead.
 #
 # **Bits.** A fact is one of 64 answers, drawn at random: 6 bits, and nothing to generalise from. What was recalled beyond
 # guessing, by the parameters that were trained:
@@ -517,9 +521,9 @@ show(
 )
 
 # %% [markdown]
-# The ranking travels a little. Soft prompts are last in both, LoRA's family in front; and what moved most was tuned for in one
-# place only. (PEFT's file says of its AdaLoRA: "probably trained too little". Here every arm had a grid of its own.) What
-# was kept has no relation to accuracy there.
+# The ranking travels a little. Prompt tuning is last in both; LoRA, rsLoRA and MiSS are in front in both. What moved most may
+# have been tuned in one place only: PEFT's file says of its AdaLoRA "probably trained too little", and here every arm had a
+# grid of its own. What was kept has no relation to accuracy there.
 
 # %% [markdown] tags=["takeaway"]
 # Sort by what you will pay and by what you must keep, not by one score. Most methods tie on easy tasks; they part on facts,
@@ -672,7 +676,7 @@ claim(55).observe(parts={"tuning_spans_more": {"512 facts": mean_ci(spans)}}, se
 # A well-tuned and a badly tuned LoRA are as far apart as the best and the worst method. (The worst LoRA there is the one with
 # the rate that recipes for 7B models print.)
 #
-# **Claim 58**, the table of section 10: who changes what, and what it saves. One step each:
+# **Claim 58**, the table of section 10: who changes what, and what it saves. Three steps each:
 
 # %%
 from labs_lib.training.adapt import METHODS
@@ -777,8 +781,8 @@ table(rows)
 #   Only its runs are missing: what has to be true of the log for that?
 
 # %% [markdown] tags=["solution-only"]
-# **Answer 1.** Cheaper steps than LoRA's mean more of them. The ratios are close to one, so little would change: full
-# fine-tuning and GaLore would lose steps, most others keep theirs.
+# **Answer 1.** Cheaper steps than LoRA's mean more of them. Adapters, IA3 and prefixes would gain a little. Full fine-tuning
+# and GaLore would lose a quarter of their steps; LoHa and VeRA, at this rank, about half and two thirds.
 
 # %% tags=["solution-only"]
 for arm in sorted(ARMS, key=lambda arm: cost[arm]["train_flops"]):
