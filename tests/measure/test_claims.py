@@ -437,7 +437,7 @@ def test_command_lists_and_filters(capsys, monkeypatch):
     lab = capsys.readouterr().out
     assert "cpu: fails" in lab and " 8 " in lab and "GaLore" not in lab.split("\n")[0]
     assert call("--open") == 0
-    assert "54 claims" in capsys.readouterr().out
+    assert "57 claims" in capsys.readouterr().out
     assert call("8", "33") == 0
     full = capsys.readouterr().out
     assert "0.593 %, fails" in full and "not measured yet" in full

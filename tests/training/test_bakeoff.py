@@ -16,6 +16,7 @@ from labs_lib.training.sweeps import Arm, Sweep, Task
 
 TINY = dataclasses.replace(
     bakeoff.BAKEOFF,
+    name="bakeoff_test",
     arms=tuple(arm for arm in bakeoff.ARMS if arm.name in ("IA3", "LoRA r2")),
     tasks=(Task("facts", "knowledge", steps=2, batch=8, facts=16),),
     seeds=2,
@@ -100,13 +101,13 @@ def test_it_stops_goes_on_and_records(monkeypatch, capsys):
     parser = argparse.ArgumentParser()
     bakeoff.add_arguments(parser)
     assert bakeoff.main(parser.parse_args(["--limit", "7"])) == 0
-    assert "run the same command" in capsys.readouterr().out and not load_records("sweep_bakeoff")
+    assert "run the same command" in capsys.readouterr().out and not load_records("sweep_bakeoff_test")
     log = sweeping.log_path(TINY)
     half = log.read_text()
     assert half.count("\n") == 7  # six rates, then the first seed of one arm
     bakeoff.main(parser.parse_args([]))
     assert log.read_text().startswith(half)
-    (record,) = load_records("sweep_bakeoff")
+    (record,) = load_records("sweep_bakeoff_test")
     assert len(record.rows) == 6 + 4
     assert all(row["cpu_seconds"] > 0 for row in record.rows)
 
