@@ -560,8 +560,8 @@ title = f"Recall and effective rank: rank correlation {spearman:+.2f}"
 finding(ax, title, "effective rank of the update", what)
 told = {look(m).label: round(v) for m, v in found.items()}
 show(fig, alt=f"Recall against the effective rank of the update, one point per method. In percent: {told}.")
-top, wide = max(found, key=found.get), max(shown, key=lambda method: shown[method][0])
-for which, method in (("best recall", top), ("highest rank", wide)):
+top, widest = max(found, key=found.get), max(shown, key=lambda method: shown[method][0])
+for which, method in (("best recall", top), ("highest rank", widest)):
     print(f"{which}: {look(method).label}, effective rank {shown[method][0]:.0f}, {found[method]:.0f} %")
 
 # %% [markdown]
