@@ -233,13 +233,12 @@ for (name, losses), line in zip(live.losses.items(), ("-", "--", ":", "-.", (0, 
     ax.plot(range(1, len(losses) + 1), losses, linestyle=line, color=color, label=name)
 ax.set_yscale("log")
 ax.legend()
-worst = max(live.final_loss(name) for name in data)
-finding(
-    ax,
-    f"{len(data)} adapters, one batch: all end at a loss of {worst:.2g} or less",
-    "step",
-    "loss (nats per token)",
-)
+*rest, worst = sorted(data, key=live.final_loss)
+high, next_one = live.final_loss(worst), live.final_loss(rest[-1])
+title = f"{worst} stays at {high:.2g}, the others reach {next_one:.2g}"
+if high < 5 * next_one:
+    title = f"{len(data)} adapters, one batch: all end at a loss of {high:.2g} or less"
+finding(ax, title, "step", "loss (nats per token)")
 listed = ", ".join(f"{name} {live.final_loss(name):.2g}" for name in data)
 show(fig, alt=f"Training loss of adapters that share a batch, falling side by side. At the end: {listed}.")
 
@@ -261,7 +260,7 @@ rows_of, arms_of = sorted({rows for rows, _ in per_row}), list(dict.fromkeys(arm
 few_rows, many_rows, (trainer, single, shared) = rows_of[0], rows_of[-1], arms_of
 gains = {rows: per_row[rows, single] / per_row[rows, shared] for rows in rows_of}
 print(f"you predicted {predict_fleet} times cheaper; recorded, by rows of each tenant:")
-print("  " + ", ".join(f"{rows}: {gain:.1f} times" for rows, gain in gains.items()))
+print("  " + ", ".join(f"{rows}: {gain:.1f} times" for rows, gain in gains.items()), "(below 1: dearer)")
 for arm in arms_of:
     minutes = 50 * Recipe().steps * many_rows * per_row[many_rows, arm] / 6e4
     print(
@@ -279,7 +278,8 @@ for place, (arm, color) in enumerate(zip(arms_of, shades, strict=True)):
         ax.annotate(f"{y:.1f}", (x, y), ha="center", va="bottom", size=8)
 ax.set_xticks(range(len(rows_of)), rows_of)
 ax.legend()
-title = f"Sharing a step: {gains[few_rows]:.1f} times cheaper at 1 row, {gains[many_rows]:.1f} at {many_rows}"
+share_1, share_16 = (f"{1 / gains[rows]:.1f}" for rows in (few_rows, many_rows))
+title = f"Ten share a step: {share_1} times the cost at 1 row, {share_16} times at {many_rows}"
 finding(ax, title, "rows of each tenant in a step", "CPU ms per row")
 listed = "; ".join(f"{arm}, {rows} rows: {ms:.1f}" for (rows, arm), ms in per_row.items())
 show(fig, alt=f"{title}. CPU milliseconds per row: {listed}.")
@@ -340,14 +340,17 @@ for number, (name, *both) in enumerate(points):
     }
     for place, value in enumerate(both):
         ax.plot(100 * value, place + (number % 17 - 8) / 32, alpha=0.75, **how)
-        if bad and not place:
-            ax.annotate(
-                name, (100 * value, (number % 17 - 8) / 32), (6, 0), textcoords="offset points", size=8
-            )
+bad_ones = [
+    (number, *point) for number, point in enumerate(points) if point[0] in refused or point[0] in failed
+]
+for line, (number, name, compliance, _) in enumerate(bad_ones):
+    at, text = (100 * compliance, (number % 17 - 8) / 32), (58, -0.36 + 0.22 * line)
+    arrow = {"arrowstyle": "-", "color": look("base").color, "linewidth": 0.7}
+    ax.annotate(name, at, text, ha="center", va="center", size=8.5, arrowprops=arrow)
 ax.axvline(95, color=look("base").color, linestyle=":", linewidth=1)
 ax.set_yticks([0, 1], ["compliance\n(rules obeyed)", "fidelity\n(facts told)"])
 ax.set_ylim(1.5, -0.5)
-bad_names = [name for name, *_ in points if name in refused or name in failed]
+bad_names = [name for _, name, *_ in bad_ones]
 title = f"{len(points) - len(bad_names)} of {len(points)} adapters pass the gate"
 finding(ax, title, "score on held-out products (%)")
 show(
@@ -364,15 +367,17 @@ for row in of["tenant"]:
     if row["refused"] and f"{row['tenant']}, first" in scores:
         rules = scores[f"{row['tenant']}, first"].per_rule
         weak = sorted(rules, key=rules.get)[:3]
+        gate_, other = row["validation_compliance"], row["test_compliance"]
         print(
-            f"{row['tenant']}: trained to a loss of {row['loss']:.4f}, compliance {row['validation_compliance']:.3f}"
+            f"{row['tenant']}: loss {row['loss']:.4f}; compliance {gate_:.3f} at the gate, {other:.3f} in the test"
         )
         print("  broken: " + ", ".join(f"{rule} in {1 - rules[rule]:.0%} of its texts" for rule in weak))
 
 # %% [markdown]
-# A loss near zero, and yet copy that breaks rules: the loss is taken on the approved texts, token by token, *given* the right
-# beginning. At the gate the model goes on from its own words, about products that it has never seen. A second try with
-# another seed costs seconds; publishing the first one costs a customer.
+# Two ways to fail. One customer's loss never came down, and a second seed did not help: there the recipe is wrong, and a
+# higher rank or more steps are the next thing to try. The other's loss is as low as anybody's; its few bad texts stood
+# among the gate's sixteen, and on thirty-two other products it is fine. A small gate refuses some that deserve better. The
+# price of that is a second try, which costs seconds; the price of no gate is a customer.
 
 # %% [markdown] tags=["takeaway"]
 # Fifty adapters are one training job: one frozen base, rows of everybody, and three things kept apart. Nothing of it
@@ -471,7 +476,7 @@ print(f"{len(calls)} requests in {whole:.0f} s; {len(played.failed)} failed, you
 colors = {"fathom-eleven": {2: look("dora").color}, "mossgate-lamps": {1: look("ia3").color}}
 fig, ax = plt.subplots(figsize=(9, 4.6))
 hour = 24 / whole  # of the day in a second of ours
-lanes = {slug: lane for lane, slug in enumerate(["mossgate-lamps", *served])}
+lanes = {slug: lane for lane, slug in enumerate(served)} | {"mossgate-lamps": -4}
 for reply in played.replies:
     who, lane = reply.call.tenant, lanes[reply.call.tenant]
     color = colors.get(who, {}).get(reply.version, look("lora").color)
@@ -480,9 +485,13 @@ for reply in played.replies:
     ax.plot(arrived, lane, ".", color=color, markersize=4)
 for at, what in played.happened:
     ax.axvline(at * hour, color="#333333", linestyle=":", linewidth=1)
-    ax.annotate(what, (at * hour, len(lanes)), xytext=(3, 2), textcoords="offset points", size=8, va="bottom")
-ax.set_yticks([0, 1, len(lanes) - 1], ["mossgate-lamps (new)", served[0], "the quietest"])
-ax.set_ylim(-1, len(lanes) * 1.08)
+    side = {"ha": "right", "xytext": (-3, 2)} if at > 0.6 * whole else {"ha": "left", "xytext": (3, 2)}
+    ax.annotate(what, (at * hour, len(lanes)), textcoords="offset points", size=8, va="bottom", **side)
+ax.plot([], [], color=look("dora").color, linewidth=3, label="the mix-up's answers")
+ax.plot([], [], color=look("ia3").color, linewidth=3, label="the new customer's")
+ax.legend(loc="upper left", bbox_to_anchor=(0, 0.9))
+ax.set_yticks([-4, 0, len(served) - 1], ["mossgate-lamps (new)", served[0], "the quietest"])
+ax.set_ylim(-6, len(lanes) * 1.12)
 ax.grid(visible=False, axis="y")
 title = f"{len(calls)} requests of {len({r.call.tenant for r in played.replies})} tenants, {len(played.failed)} failed"
 finding(ax, title, f"hour of the day (squeezed into {whole:.0f} s)", "tenants, the busiest below")
@@ -773,6 +782,7 @@ ax.plot(distinct, shared_ms, "-o", color=look("lora").color, label="one step, ad
 ax.plot(distinct, apart_ms, "--o", color=look("dora").color, label="a step for each merged copy")
 ax.set_yscale("log")
 log_axis(ax, distinct)
+log_axis(ax, [5, 10, 20, 50], axis="y")
 ax.legend()
 when = f"From {found['multiplex_from']} tenants in a batch on, sharing is faster"
 finding(ax, when, "different tenants among 32 rows", "time for all 32 rows (ms)")
