@@ -828,8 +828,8 @@ for task in TASKS:
                 print(f"{task:21s} {EVEN} minus {arm:19s} {what:14s} {gain} points, {len(both)} seeds")
 
 # %% [markdown]
-# On the facts no mixture beats the better of its parts, and the plain LoRA is far ahead of all of them. On the style everybody is
-# at the ceiling, and there the mixture shows what it is good for: half a change in each of two places does the job of a whole one
+# On the facts no mixture beats the better of its parts, a rate for each part changes nothing, and plain LoRA is far ahead of all of
+# them. On the style everybody is at the ceiling, and there the mixture shows what it is good for: half a change in each of two places does the job of a whole one
 # in one place, and less of what the base knew is lost.
 #
 # Mind how the rates were chosen: by the score alone, as in all our sweeps. The thin paths show what that hides; here they are in numbers
