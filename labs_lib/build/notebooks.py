@@ -149,13 +149,21 @@ def without_outputs(notebook: Notebook) -> Notebook:
 
 
 def with_outputs(notebook: Notebook, executed: Mapping[str, Any]) -> Notebook:
-    """`notebook` with the outputs of `executed`, matched by cell id and cleaned for storing."""
-    by_id = {cell.get("id"): cell for cell in executed["cells"]}
+    """`notebook` with the outputs of `executed`, a run of the same code, cleaned for storing.
+
+    Code cells are matched in order, without the one that papermill puts in. (An id says where a cell stands, and a text
+    cell put in moves that.)
+    """
+    ran = iter(
+        cell
+        for cell in executed["cells"]
+        if cell["cell_type"] == "code" and "injected-parameters" not in cell["metadata"].get("tags", [])
+    )
     cells, count = [], 0
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             count += 1
-            outputs = clean_outputs(by_id.get(cell["id"], {}).get("outputs", []))
+            outputs = clean_outputs(next(ran, {}).get("outputs", []))
             for output in outputs:
                 if "execution_count" in output:
                     output["execution_count"] = count

@@ -6,7 +6,16 @@ import sys
 
 import pytest
 
-from labs_lib.build.notebooks import build, check, clean_outputs, dumps, generate, read_notebook, with_outputs
+from labs_lib.build.notebooks import (
+    build,
+    check,
+    clean_outputs,
+    dumps,
+    generate,
+    read_notebook,
+    with_outputs,
+    without_outputs,
+)
 from labs_lib.build.source import SOLUTION, STUDENT
 from labs_lib.errors import LabsError
 
@@ -57,6 +66,27 @@ def test_a_rebuild_changes_nothing_and_keeps_outputs(built):
     assert len(before) == 5  # two labs, two kinds, the index
     assert build(built, built.manifest.labs) == []
     assert files(built) == before
+
+
+def test_a_text_cell_put_in_leaves_each_output_under_its_own_cell(built, edit):
+    """Ids count cells, so that every one after a new cell has another."""
+    path = built.path(built.manifest.labs[0], SOLUTION)
+
+    def outputs():
+        cells = [cell for cell in read_notebook(path)["cells"] if cell["cell_type"] == "code"]
+        return [(cell["source"], "".join(o["text"] for o in cell["outputs"])) for cell in cells]
+
+    def number_them(notebook):
+        for i, cell in enumerate(c for c in notebook["cells"] if c["cell_type"] == "code"):
+            cell["outputs"][0]["text"] = f"output {i}\n"
+
+    rewrite(path, number_them)
+    stored = read_notebook(path)
+    path.write_text(dumps(with_outputs(without_outputs(stored), stored)))
+    before = outputs()
+    edit("# ## 1. The idea", "# ## 0. Before\n# Words.\n\n# %% [markdown]\n# ## 1. The idea")
+    assert build(built, built.manifest.labs) == []
+    assert outputs() == before and len(set(before)) == len(before)
 
 
 def test_ids_are_unique_and_say_lab_position_and_kind(built):
