@@ -158,9 +158,3 @@ def main(args: argparse.Namespace) -> int:
     path = run(args.limit)
     print(f"recorded in {path}" if path else "stopped early; run the same command to go on")
     return 0
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    raise SystemExit(main(parser.parse_args()))
