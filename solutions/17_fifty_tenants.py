@@ -196,7 +196,8 @@ print(new_rows["train"]["completion"][0])
 # These two train now, in one batch, and with them whomever the fleet's own run left unsatisfied: the record says who failed
 # at the gate below. They get a second try with another seed.
 #
-# *You should see* losses fall together. The mix-up's is as good as anybody's: a loss cannot tell whose texts it learned.
+# *You should see* losses fall together, and one stay behind. The mix-up's is as good as anybody's: a loss cannot tell whose
+# texts it learned.
 
 # %%
 import time
@@ -343,7 +344,7 @@ for number, (name, *both) in enumerate(points):
 bad_ones = [
     (number, *point) for number, point in enumerate(points) if point[0] in refused or point[0] in failed
 ]
-for line, (number, name, compliance, _) in enumerate(bad_ones):
+for line, (number, name, compliance, _) in enumerate(sorted(bad_ones, key=lambda each: each[0] % 17)):
     at, text = (100 * compliance, (number % 17 - 8) / 32), (58, -0.36 + 0.22 * line)
     arrow = {"arrowstyle": "-", "color": look("base").color, "linewidth": 0.7}
     ax.annotate(name, at, text, ha="center", va="center", size=8.5, arrowprops=arrow)
@@ -483,15 +484,17 @@ for reply in played.replies:
     arrived, answered = reply.call.at * hour, (reply.call.at + reply.seconds) * hour
     ax.plot([arrived, answered], [lane, lane], color=color, linewidth=3.2)
     ax.plot(arrived, lane, ".", color=color, markersize=4)
-for at, what in played.happened:
+for height, (at, what) in enumerate(played.happened):
     ax.axvline(at * hour, color="#333333", linestyle=":", linewidth=1)
     side = {"ha": "right", "xytext": (-3, 2)} if at > 0.6 * whole else {"ha": "left", "xytext": (3, 2)}
-    ax.annotate(what, (at * hour, len(lanes)), textcoords="offset points", size=8, va="bottom", **side)
+    ax.annotate(
+        what, (at * hour, len(lanes) + 3 * height), textcoords="offset points", size=8, va="bottom", **side
+    )
 ax.plot([], [], color=look("dora").color, linewidth=3, label="the mix-up's answers")
 ax.plot([], [], color=look("ia3").color, linewidth=3, label="the new customer's")
-ax.legend(loc="upper left", bbox_to_anchor=(0, 0.9))
+ax.legend(loc="upper left")
 ax.set_yticks([-4, 0, len(served) - 1], ["mossgate-lamps (new)", served[0], "the quietest"])
-ax.set_ylim(-6, len(lanes) * 1.12)
+ax.set_ylim(-6, len(lanes) * 1.2)
 ax.grid(visible=False, axis="y")
 title = f"{len(calls)} requests of {len({r.call.tenant for r in played.replies})} tenants, {len(played.failed)} failed"
 finding(ax, title, f"hour of the day (squeezed into {whole:.0f} s)", "tenants, the busiest below")
