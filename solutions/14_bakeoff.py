@@ -112,6 +112,8 @@ from labs_lib.measure import load_record, mean_ci, paired_difference
 
 runs, costs = (load_record(name, device="cpu") for name in ("sweep_bakeoff", "bakeoff_costs"))
 print(runs, costs, sep="\n")
+
+# %% tags=["hide-input"]
 finals, tried = {}, {}
 for row in sorted(runs.rows, key=lambda row: (row["seed"], row["lr"])):
     into = finals if row["stage"] == "final" else tried
@@ -229,6 +231,8 @@ knowledge = np.mean([score[task] for task in FACTS], axis=0)
 quality = np.mean([score["style"], score["classification"], knowledge], axis=0)  # (arms, seeds)
 mean = quality.mean(axis=1)
 order = [ARMS[i] for i in np.argsort(-mean)]
+
+# %%
 SEEDS = [row["seed"] for row in finals[ARMS[0], TASKS[0]]]
 hours = sum(row["cpu_seconds"] for row in runs.rows if "cpu_seconds" in row) / 3600
 print(f"{len(runs.rows)} runs, {hours:.2f} CPU-hours")
@@ -476,6 +480,8 @@ for i, arm in enumerate(ARMS):
     kind = settings["options"].get("method", settings["method"])
     if kind in theirs and (kind not in ours or mean[i] > mean[ours[kind]]):
         ours[kind] = i
+
+# %%
 both = sorted(ours, key=lambda kind: -mean[ours[kind]])
 others, mine = [theirs[kind] for kind in both], [mean[ours[kind]] for kind in both]
 agreement = spearman(mine, others)
@@ -648,6 +654,8 @@ for task in TASKS:
     pair = (score[task][ARMS.index(arm)] for arm in ("LoRA+ r8", "LoRA r8"))
     plus[task] = paired_difference(*pair, level=0.90)
 claim(27).observe(parts={"quality": plus}, seeds=SEEDS)
+
+# %%
 best_other = max(
     (arm for arm in ARMS if arm != "prefix 18"),
     key=lambda arm: score["classification"][ARMS.index(arm)].mean(),
