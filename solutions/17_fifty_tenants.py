@@ -185,11 +185,13 @@ while (
     newcomer := Tenant("mossgate-lamps", "Mossgate Lamps", "lighting", "", random_style(draw))
 ).mark in marks:
     pass
+print("Guide:", newcomer.guide)
+
+# %%
 parts = {"train": [], "validation": [], "test": []}
 for row in style_rows(newcomer):
     parts[row["split"]].append(row)
 new_rows = {split: {key: [row[key] for row in part] for key in part[0]} for split, part in parts.items()}
-print("Guide:", newcomer.guide)
 print(new_rows["train"]["completion"][0])
 
 # %% [markdown]
@@ -209,6 +211,9 @@ record = load_record("fleet", device="cpu")
 print(record)
 of = {name: [row for row in record.rows if row["section"] == name] for name in ("tenant", "step")}
 failed = [row["tenant"] for row in of["tenant"] if row["refused"]]
+print("refused at first:", ", ".join(failed))
+
+# %%
 recipe = replace(Recipe(), steps=lab.steps(40), seed=1)  # two thirds of the fleet's steps
 data = {slug: load_task("style", tenant=slug)["train"][:] for slug in failed[:2]}
 data |= {
@@ -323,6 +328,8 @@ for slug in failed:
         candidates[f"{slug}, second try"] = Candidate.of(made[slug], slug, rows=few)
     if slug in folders:
         candidates[f"{slug}, first"] = Candidate.of(folders[slug], slug, rows=few)
+
+# %%
 scores = read_by_rules(base, tokenizer, candidates)
 refused = {name: reasons for name, score in scores.items() if (reasons := gate(score))}
 for name in candidates:
@@ -455,6 +462,8 @@ prompts = {slug: load_task("style", tenant=slug)["test"]["prompt"] for slug in s
 witness = Witness(load_base(NAME, device=lab.device)[0], registry.folder, copies=len(served) + 2)
 oracle = ShadowOracle(witness, share=0.3, seed=lab.seed, waiting=10_000)
 sizes_of = {"slots": 16, "max_rank": 8, "max_batch": 16, "kv_tokens": 4096, "host_bytes": 64 << 20}
+
+# %%
 with Engine(share(base), registry.folder, **sizes_of) as engine:
     app = create_app(engine, registry, tokenizer, admin_key=ADMIN, model_name="base")
     engine.start()
