@@ -649,7 +649,7 @@ claim(34).observe(conditions={name: values for name, values in added.items() if 
 
 # %% [markdown]
 # Only a GPU can tell about the chapter's 8 ms. But two things hold on any device. The overhead is *per token*: 8 ms per
-# token would be seconds in an answer of 400 tokens, 8 ms per request is less than one token's time. And "shared" has two
+# token would be seconds in an answer of 400 tokens, 8 ms per request a fiftieth of a millisecond in each of them. And "shared" has two
 # prices: being unmerged, and having neighbours. A dedicated model pays neither, and stands idle for it.
 #
 # [Punica](https://arxiv.org/abs/2310.18547) reports 2 ms per token on an A100: that is 0.8 s in 400 tokens.
