@@ -22,7 +22,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
 
 
-def gated_attention(
+def zero_gated_attention(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, gate: torch.Tensor
 ) -> torch.Tensor:
     """What the prompts add to an attention layer, before its output projection: gate * softmax(q k / sqrt(head)) v.
@@ -58,7 +58,7 @@ class PromptedAttention(nn.Module):
     1. __init__: freeze `base`; the prompts are standard normal numbers from `generator`, the gate is zero.
     2. forward: run `base`. Then once more, for the prompts: queries from the hidden states, rotated by the text's
        positions; keys and values from the prompts, through the same frozen projections, without positions.
-    3. Send gated_attention through o_proj, without its bias, which `base` has already added, and add it.
+    3. Send zero_gated_attention through o_proj, without its bias, which `base` has already added, and add it.
     """
 
     def __init__(self, base: nn.Module, prompts: int, generator=None) -> None:
@@ -79,7 +79,9 @@ class PromptedAttention(nn.Module):
             for projected in (base.q_proj(hidden_states), base.k_proj(prompt), base.v_proj(prompt))
         ]
         queries = rotate(heads[0], *position_embeddings)
-        added = base.o_proj(gated_attention(queries, heads[1], heads[2], self.adaption_gate).to(output.dtype))
+        added = base.o_proj(
+            zero_gated_attention(queries, heads[1], heads[2], self.adaption_gate).to(output.dtype)
+        )
         if base.o_proj.bias is not None:
             added = added - base.o_proj.bias
         return output + added, *rest

@@ -13,12 +13,12 @@ from labs_lib.methods.adapters_io import load_llama_adapter, save_llama_adapter
 from labs_lib.methods.llama_adapter import (
     PromptedAttention,
     count_llama_adapter,
-    gated_attention,
     inject_llama_adapter,
     llama_adapter_state_dict,
     prompted_layers,
     remove_llama_adapter,
     rotate,
+    zero_gated_attention,
 )
 from labs_lib.methods.lora import trainable_parameters
 
@@ -60,8 +60,8 @@ def test_attention_by_hand():
     queries, keys = torch.ones(1, 1, 1, 1), torch.tensor([0.0, 3.0]).log1p().view(1, 1, 2, 1)
     keys[0, 0, 1] = torch.tensor(3.0).log()
     values = torch.tensor([10.0, 30.0]).view(1, 1, 2, 1)
-    assert gated_attention(queries, keys, values, torch.tensor([0.5])).item() == pytest.approx(0.5 * 25)
-    assert gated_attention(queries, keys, values, torch.zeros(1)).item() == 0
+    assert zero_gated_attention(queries, keys, values, torch.tensor([0.5])).item() == pytest.approx(0.5 * 25)
+    assert zero_gated_attention(queries, keys, values, torch.zeros(1)).item() == 0
 
 
 def test_attention_is_torchs_with_shared_heads():
@@ -70,7 +70,7 @@ def test_attention_is_torchs_with_shared_heads():
     batched = [each.expand(3, -1, -1, -1) for each in (keys, values)]
     expected = nn.functional.scaled_dot_product_attention(queries, *batched, enable_gqa=True)
     expected = 0.3 * expected.transpose(1, 2).reshape(3, 6, 32)
-    torch.testing.assert_close(gated_attention(queries, keys, values, torch.tensor([0.3])), expected)
+    torch.testing.assert_close(zero_gated_attention(queries, keys, values, torch.tensor([0.3])), expected)
 
 
 def test_rotation_is_transformers():

@@ -13,7 +13,7 @@ from labs_lib.methods.adapters import (
     count_adapters,
     init_adapter,
 )
-from labs_lib.methods.llama_adapter import gated_attention
+from labs_lib.methods.llama_adapter import zero_gated_attention
 
 # --- init_adapter
 
@@ -447,12 +447,12 @@ class Promotes(_Own):
         return h
 
 
-# --- gated_attention
+# --- zero_gated_attention
 
 
 @exercise(
-    "gated_attention",
-    reference="labs_lib.methods.llama_adapter:gated_attention",
+    "zero_gated_attention",
+    reference="labs_lib.methods.llama_adapter:zero_gated_attention",
     hints=[
         "keys.repeat(len(queries), 1, 1, 1) for every sequence; repeat_interleave(shared, dim=1) for every head.",
         "scores = queries @ keys.transpose(2, 3) / queries.shape[-1] ** 0.5",
@@ -460,14 +460,14 @@ class Promotes(_Own):
         "(weights @ values) is (batch, heads, length, head): .transpose(1, 2).flatten(2) puts heads side by side.",
     ],
 )
-def check_gated_attention(candidate, ref):
+def check_zero_gated_attention(candidate, ref):
     queries, keys, values = torch.randn(2, 4, 5, 6), torch.randn(1, 2, 3, 6), torch.randn(1, 2, 3, 6)
     gate = torch.tensor([0.7])
     got = fits(
         lambda: candidate(queries, keys, values, gate),
         "The shapes do not fit: keys and values need every sequence (repeat) and every head (repeat_interleave).",
     )
-    expect(got is not None, "gated_attention returns None: is a `return` missing?")
+    expect(got is not None, "zero_gated_attention returns None: is a `return` missing?")
 
     def attend(weights, v):
         return (weights @ v).transpose(1, 2).flatten(2)
@@ -511,42 +511,42 @@ def _scores(queries, keys, values):
     return queries @ k.transpose(2, 3) / queries.shape[-1] ** 0.5, v
 
 
-@mutant("gated_attention", says="gate is missing")
+@mutant("zero_gated_attention", says="gate is missing")
 def without_gate(queries, keys, values, gate):
-    return gated_attention(queries, keys, values, torch.ones(1))
+    return zero_gated_attention(queries, keys, values, torch.ones(1))
 
 
-@mutant("gated_attention", says="inside the softmax")
+@mutant("zero_gated_attention", says="inside the softmax")
 def gate_inside(queries, keys, values, gate):
     scores, v = _scores(queries, keys, values)
     return ((gate * scores).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
-@mutant("gated_attention", says="not divided by the root")
+@mutant("zero_gated_attention", says="not divided by the root")
 def unscaled(queries, keys, values, gate):
-    return gated_attention(queries * queries.shape[-1] ** 0.5, keys, values, gate)
+    return zero_gated_attention(queries * queries.shape[-1] ** 0.5, keys, values, gate)
 
 
-@mutant("gated_attention", says="softmax goes over the tokens")
+@mutant("zero_gated_attention", says="softmax goes over the tokens")
 def softmax_over_text(queries, keys, values, gate):
     scores, v = _scores(queries, keys, values)
     return (gate * scores.softmax(-2) @ v).transpose(1, 2).flatten(2)
 
 
-@mutant("gated_attention", says="share the first key head")
+@mutant("zero_gated_attention", says="share the first key head")
 def heads_crossed(queries, keys, values, gate):
     shared = queries.shape[1] // keys.shape[1]
-    return gated_attention(queries, *(each.repeat(1, shared, 1, 1) for each in (keys, values)), gate)
+    return zero_gated_attention(queries, *(each.repeat(1, shared, 1, 1) for each in (keys, values)), gate)
 
 
-@mutant("gated_attention", says="before the tokens came first")
+@mutant("zero_gated_attention", says="before the tokens came first")
 def flattened_first(queries, keys, values, gate):
     scores, v = _scores(queries, keys, values)
     out = gate * scores.softmax(-1) @ v
     return out.reshape(out.shape[0], out.shape[2], -1)
 
 
-@mutant("gated_attention", says="need every sequence")
+@mutant("zero_gated_attention", says="need every sequence")
 def without_heads(queries, keys, values, gate):
     scores = queries @ keys.transpose(2, 3)
     return (gate * scores.softmax(-1) @ values).transpose(1, 2).flatten(2)
