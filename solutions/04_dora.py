@@ -248,7 +248,8 @@ for way, tensors in (("ours in PEFT:", there), ("PEFT's in ours:", back)):
 # ## 4. Train it
 # The record `labs sweep dora`: LoRA and DoRA of rank 8 on all linear layers learn 512 new facts, and one customer's
 # style. Both try the same five rates on one seed; the best rate of each then runs with eight fresh seeds. A pair of
-# runs shares the seed: the same start of $A$, the same batches in the same order.
+# runs shares the seed: the same start of $A$, the same batches in the same order. Full fine-tuning, with as many steps and
+# rates of its own, comes from the records of labs 02 and 07 (five seeds).
 #
 # **Predict**: by how many points does DoRA beat LoRA on the facts, both at their best rate?
 
@@ -285,7 +286,8 @@ def at_edge(arm, task, source=record):
     return rows_of(arm, task, source=source)[0]["lr"] in (min(grid), max(grid))
 
 
-LORA, DORA = "LoRA r8, all linear", "DoRA r8, all linear"
+LORA, DORA, FULL = "LoRA r8, all linear", "DoRA r8, all linear", "full fine-tuning"
+FULL_SOURCES = {FACTS: load_record("sweep_adalora"), STYLE: load_record("sweep_tune_lora_style")}
 
 # %% tags=["hide-input"]
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
@@ -314,12 +316,12 @@ from labs_lib.lab.cards import table
 
 results = []
 for task in (FACTS, STYLE):
-    for arm in (LORA, DORA):
-        rows = rows_of(arm, task)
-        edge = at_edge(arm, task)
+    for arm in (LORA, DORA, FULL):
+        source = FULL_SOURCES[task] if arm == FULL else record
+        rows, edge = rows_of(arm, task, source=source), at_edge(arm, task, source)
         row = {"task": task, "arm": arm.split(",")[0], "trained": f"{rows[0]['params']:,}"}
         row["best rate"] = f"{rows[0]['lr']:g}{' (edge)' if edge else ''}"
-        row["score %"] = f"{mean_ci(scores(arm, task))}"
+        row["score %"] = f"{mean_ci(scores(arm, task, source))}"
         for key, name in (("compliance", "rules kept %"), ("fidelity", "facts told %")):
             told = [100 * each[key] for each in rows if key in each]
             row[name] = f"{mean_ci(told).value:.1f}" if told else ""
@@ -422,9 +424,8 @@ class Snapshots(TrainerCallback):
 shrink = min(
     1, 128 / ours.config.hidden_size
 )  # the rates were found on width 128; wider models take smaller steps
-earlier_style = load_record("sweep_tune_lora_style")
 recorded = {  # the rows of seed 1 at each method's best rate
-    "full": rows_of("full fine-tuning", STYLE, source=earlier_style)[0],
+    "full": rows_of(FULL, STYLE, source=FULL_SOURCES[STYLE])[0],
     "lora": rows_of(LORA, STYLE)[0],
     "dora": rows_of(DORA, STYLE)[0],
 }

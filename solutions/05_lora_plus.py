@@ -458,24 +458,21 @@ print(f"recorded on small: {100 * point['score']:.1f} % after {steps_to_one(poin
 print(f"now, on {base}: {100 * now['score']:.1f} % after {steps_to_one(now)}")
 
 # %% [markdown]
-# **A style** instead of facts: one tenant's style in 60 steps, LoRA+ at ratio 8 with five rates tried, LoRA r8 from lab
-# 02's record.
+# **A style** instead of facts: one tenant's style in 60 steps, LoRA+ at ratio 8 with five rates tried; LoRA r8 and full
+# fine-tuning from lab 02's record.
 
 # %%
-style_rows = {
-    "LoRA r8": load_record("sweep_tune_lora_style", device="cpu").rows,
-    "LoRA+ r8, ratio 8": load_record("sweep_lora_plus_style", device="cpu").rows,
-}
 results = []
-for name, rows in style_rows.items():
-    rows = [
-        r for r in rows if r["stage"] == "final" and r["arm"]["name"] in ("LoRA r8, all linear", "ratio 8")
-    ]
-    entry = (
-        {"arm": name, "best rate": f"{rows[0]['lr']:g}"}
-        if rows
-        else {"arm": name, "best rate": "no record yet"}
-    )
+for name, source, arm in (
+    ("LoRA r8", "sweep_tune_lora_style", "LoRA r8, all linear"),
+    ("LoRA+ r8, ratio 8", "sweep_lora_plus_style", "ratio 8"),
+    ("full fine-tuning", "sweep_tune_lora_style", "full fine-tuning"),
+):
+    runs = [r for r in load_record(source, device="cpu").rows if r["arm"]["name"] == arm]
+    rows, tried = ([r for r in runs if r["stage"] == stage] for stage in ("final", "sweep"))
+    rates = sorted(r["lr"] for r in tried)
+    edge = " (edge)" if rows and rows[0]["lr"] in (rates[0], rates[-1]) else ""
+    entry = {"arm": name, "best rate": f"{rows[0]['lr']:g}{edge}" if rows else "no record yet"}
     for key, label in (
         ("score", "exact"),
         ("compliance", "compliance"),

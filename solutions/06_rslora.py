@@ -573,9 +573,10 @@ for label, source in tuned.items() if flag else ():
     assert {on[s]["lr"] for s in seeds} == {off[s]["lr"] for s in seeds}
     for into, key in ((score, "score"), (kept, "kept")):
         into[label] = paired_difference([100 * on[s][key] for s in seeds], [100 * off[s][key] for s in seeds])
-    print(
-        f"{label}: score off {mean_ci([100 * off[s]['score'] for s in seeds])}, on {mean_ci([100 * on[s]['score'] for s in seeds])}"
-    )
+    for key, name in (("score", "score"), ("compliance", "rules kept"), ("fidelity", "facts told")):
+        if key in on[seeds[0]]:
+            both = [mean_ci([100 * rows[s][key] for s in seeds]) for rows in (off, on)]
+            print(f"{label}: {name} off {both[0]} %, on {both[1]} %")
 if flag:
     claim(49).observe(parts={"score": score, "retention": kept})
 

@@ -599,10 +599,9 @@ for ax, fresh in zip(axes, (False, True), strict=True):
     ours, adam = (points.get((fresh, arm)) for arm in (SCRATCH if fresh else GALORE, FULL))
     if not ours:
         continue
-    title = "From random weights" if fresh else "Continued"
-    title += f": {100 * (1 - ours[1] / adam[1]):.0f} % fewer bytes, perplexity {100 * (ours[0].value / adam[0].value - 1):+.1f} %"
+    title = "From scratch" if fresh else "Continued"
+    title += f": {100 * (1 - ours[1] / adam[1]):.0f} % fewer bytes, perplexity {100 * (ours[0].value / adam[0].value - 1):.1f} %"
     finding(ax, title, "optimizer state (MB, float32)", "perplexity (log)")
-    ax.title.set_size(10)
 said = "; ".join(f"{arm} {ppl.value:.2f} at {size / 1e6:.1f} MB" for (_, arm), (ppl, size) in points.items())
 show(fig, alt=f"Perplexity against bytes of optimizer state, continued and from random weights: {said}.")
 
@@ -708,9 +707,8 @@ for ax, start in zip(axes[:2], STARTS, strict=False):
         ax.plot(range(4), mean, **style("galore", linestyle=line, label=f"rank {rank}, basis of step 0"))
     ax.set_xticks(range(4), ages)
     finding(ax, f"{start.split(',')[0].capitalize()}: {mean[-1]:.0f} % left at rank 4", "step of training")
-    ax.title.set_size(10)
 axes[0].set(ylabel="energy kept (%)", ylim=(0, 104))
-axes[0].legend(fontsize=8)
+axes[1].legend(fontsize=8)
 bars = axes[2]
 for rank, shift in ((32, -0.2), (4, 0.2)):
     found = [np.mean(kept_of(STARTS[2], rank, 0, 0, what)) for what in ("best", "kept")] + [100 * rank / 128]
@@ -722,7 +720,6 @@ for rank, shift in ((32, -0.2), (4, 0.2)):
 bars.set_xticks(range(3), ("its own", "other batch's", "random"), size=8)
 bars.legend(fontsize=8)
 finding(bars, "Well-known text, same step", "which directions")
-bars.title.set_size(10)
 said = "; ".join(
     f"{start}: {np.mean(kept_of(start, 32, max(ages), 0)):.0f} % at rank 32" for start in STARTS[:2]
 )

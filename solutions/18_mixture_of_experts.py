@@ -317,17 +317,17 @@ COLOURS |= {
 COLOURS |= {"xlora": "#E69F00", "few": "#0072B2", "one": "#0072B2"}
 order = ["key", *MEANS]
 fig, axes = plt.subplots(1, 3, figsize=(12, 4.6), sharey=True, constrained_layout=True)
-best = {}
 for ax, pair in zip(axes, PAIRS, strict=True):
     told = {way: mean_ci(scores(pair, way)) for way in WAYS[pair] if scores(pair, way)}
     for way, each in told.items():
         at = len(order) - 1 - order.index(way)
         ax.barh(at, each.value, color=COLOURS[way], height=0.7, alpha=0.85)
         ax.plot(scores(pair, way), [at] * each.n, "o", ms=3, color="white", mec="#333333")
-    learned = {way: each.value for way, each in told.items() if way not in ("key", "one")}
-    best[pair] = max(learned, key=learned.get, default="")
+    best = max((told[way].value for way in ("sum", "linear", "ties", "dare") if way in told), default=0)
     ax.set_xlim(0, 104)
-    finding(ax, f"{pair}: best of two ready adapters\n{NAMES.get(best[pair], '-')}", "score (%)")
+    finding(
+        ax, f"{pair}: gate {told['gate'].value:.0f} %, best merge {best:.0f} %" if told else pair, "score (%)"
+    )
 axes[0].set_yticks(range(len(order)), [NAMES[way] for way in reversed(order)], fontsize=8)
 spoken = {
     pair: {way: round(mean_ci(scores(pair, way)).value) for way in WAYS[pair] if scores(pair, way)}
