@@ -14,14 +14,16 @@ lab = setup(lab="19", profile=PROFILE, model_id=MODEL_ID)
 # ## 1. The idea
 # The chapter ends in a table: eight situations, one method each. *When in doubt, LoRA. Extra quality, DoRA. Training speed,
 # LoRA+.* Tables like it are everywhere, and few say where they come from.
-#
+
+# %% [markdown]
 # You have something better now: records. Every method of this course, on five tasks, each at its own best learning rate,
 # with five seeds; and a count of what each one costs. So a choice can be a *query*:
 #
 # 1. Your constraints put methods **out**, each with a reason that can be checked.
 # 2. Of those left, the records say who scored best, and who is **tied**: whose difference to the best might be zero.
 # 3. Among the tied, scores have nothing more to say. Choose what is cheaper, simpler, or better supported.
-#
+
+# %% [markdown]
 # **By hand.** A scores 50, 60, 70 with three seeds, B 49, 61, 69. Their means are 60 and 59.7; the paired differences are
 # 1, -1, 1. Who is better? Nobody can tell: tied.
 
