@@ -51,10 +51,12 @@ def evidence(stands: Sequence[Standing]) -> str:
     """What was measured, a line for each part and device: values with their intervals, or how many of them hold."""
     devices = []
     for standing in stands:
-        parts: dict[str, list[dict[str, Any]]] = {}
+        parts: dict[str, list[dict[str, Any]]] = {
+            name: [] for name in standing.claim.parts
+        }  # the register's order
         for row in standing.rows:
             parts.setdefault(row["part"], []).append(row)
-        texts = [_of_part(standing.claim.parts.get(name), rows) for name, rows in parts.items()]
+        texts = [_of_part(standing.claim.parts.get(name), rows) for name, rows in parts.items() if rows]
         devices.append("<br>".join(texts))
     if len(devices) < 2:
         return "".join(devices)

@@ -39,7 +39,7 @@ def standings(mine: bool = False) -> dict[int, list[Standing]]:
     newest: dict[tuple, list[records.Record]] = {}  # claim, part, device, lab -> records of one run
     recorded = records.stored("claims_lab*", recorded=True)
     for record in [*recorded, *(records.stored("claims_lab*", recorded=False) if mine else [])]:
-        for id_, part in {(row["claim"], row["part"]) for row in record.rows}:
+        for id_, part in dict.fromkeys((row["claim"], row["part"]) for row in record.rows):
             run = newest.setdefault((id_, part, record.device, record.name), [])
             if run and run[-1].provenance.get("run") != record.provenance.get("run"):
                 if record.date < run[-1].date:

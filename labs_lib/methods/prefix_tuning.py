@@ -82,7 +82,9 @@ class ProjectedPrefix(nn.Module):
         super().__init__()
         self.embedding = nn.Parameter(torch.randn(tokens, width, generator=generator))
         self.transform = nn.Sequential(
-            fresh_linear(width, hidden, generator), nn.Tanh(), fresh_linear(hidden, 2 * layers * width, generator)
+            fresh_linear(width, hidden, generator),
+            nn.Tanh(),
+            fresh_linear(hidden, 2 * layers * width, generator),
         )
 
     def forward(self) -> torch.Tensor:
