@@ -12,6 +12,8 @@ from labs_lib.paths import root
 
 PYTHON = (sys.executable, "-m")
 LABS = (*PYTHON, "labs_lib")
+# A notebook on each core: two threads within one small model gain less. Each takes up to 1.3 GB.
+SIDE_BY_SIDE = ("--jobs", str(min(4, os.cpu_count() or 1)))
 # group, what it shows, command
 STEPS = (
     ("lint", "Ruff finds no fault", (*PYTHON, "ruff", "check", "--output-format=concise", ".")),
@@ -22,15 +24,16 @@ STEPS = (
         "Unit tests",
         (*PYTHON, "pytest", "-q", "-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"),
     ),
+    ("book", "The book, with no link that leads nowhere", (*LABS, "book")),
     (
         "notebooks",
-        "Student notebooks, untouched",
-        (*LABS, "run", "--student", "--fresh", "--profile", "smoke"),
+        "Student notebooks, untouched, in smoke",
+        (*LABS, "run", "--student", "--fresh", "--profile", "smoke", *SIDE_BY_SIDE),
     ),
     (
         "notebooks",
-        "Solutions, strict",
-        (*LABS, "run", "--solution", "--strict", "--fresh", "--profile", "smoke"),
+        "Solutions, strict, in cpu",
+        (*LABS, "run", "--solution", "--strict", "--fresh", "--profile", "cpu", *SIDE_BY_SIDE),
     ),
 )
 # Nothing may need a network, or depend on there being one. Side by side, each unit test's process has one thread.

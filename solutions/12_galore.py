@@ -809,7 +809,12 @@ claim(43).observe(conditions=own_directions | as_used, seeds=seeds)
 # directions? Rank 4, the largest batch, the last step of each run:
 
 # %% tags=["hide-input"]
-LAYERS = list(curves)  # the record's layers stand in the model's order
+from labs_lib import load_base
+from labs_lib.methods.lora import target_names
+
+LAYERS = target_names(
+    load_base()[0], "all-linear"
+)  # those of the record, whatever model this notebook runs on
 KINDS = list(dict.fromkeys(name.rpartition(".")[2] for name in LAYERS))
 fig, ax = plt.subplots(figsize=(8, 3.2))
 worst = []

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from labs_lib.measure.quality import encode_rows
-from labs_lib.measure.records import load_records
+from labs_lib.measure.records import stored
 from labs_lib.models.base import load_base
 from labs_lib.training import spectra
 from labs_lib.training.fit import fit
@@ -75,7 +75,7 @@ def test_stops_goes_on_and_records_once_complete(brief, monkeypatch, tmp_path):
     assert spectra.run(limit=4) is None and len(done()) == 4
     before = done()
     assert spectra.run() and done()[:4] == before and len(done()) == 9
-    (record,) = load_records("galore_spectra")
+    (record,) = stored("galore_spectra", recorded=False)
     assert [(row["start"], row["seed"]) for row in record.rows] == [
         (start, seed) for start in spectra.STARTS for seed in spectra.SEEDS
     ]
