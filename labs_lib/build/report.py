@@ -50,6 +50,11 @@ def with_alt(outputs: list[dict]) -> Iterator[dict]:
         if alt and data.get("text/html", "").endswith(f"Figure: {alt}</div>"):
             continue
         alt = html.escape(about.get("alt", ""))
+        if "text/markdown" in data:  # a link to another lab leads to its page
+            output = {
+                **output,
+                "data": {**data, "text/markdown": data["text/markdown"].replace(".ipynb)", ".html)")},
+            }
         if "image/png" in data and alt:
             width = f' width="{about["width"]}"' if about.get("width") else ""
             image = f'<img alt="{alt}"{width} src="data:image/png;base64,{data["image/png"].strip()}">'

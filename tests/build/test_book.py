@@ -64,3 +64,12 @@ def test_broken_links_are_found(tmp_path, body, told):
     (tmp_path / "a.html").write_text(body)
     (tmp_path / "b.html").write_text('<h1 id="here">b</h1>')
     assert list(book.broken_links(tmp_path)) == told
+
+
+@pytest.mark.parametrize(
+    "formula", [r"a, \dots, b", r"\big( \tfrac{1}{2} \bigr)", "½ + ¼ + ¾", r"\frac{\alpha}{r} BA"]
+)
+def test_formulas_that_docutils_does_not_know_are_put_in_its_words(formula):
+    from labs_lib.build.mathml import mathml
+
+    assert mathml(formula).startswith("<math")
