@@ -69,6 +69,10 @@ BAKEOFF = Sweep(
     tasks=TASKS,
     rates=(),
     seeds=5,
+    more={
+        ("*", "classification"): 20,
+        **dict.fromkeys(((arm, "style") for arm in ("prompt 20", "full fine-tuning")), 20),
+    },
     widen=2,
     refine=0.99,
     gentle=True,

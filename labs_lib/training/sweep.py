@@ -158,7 +158,7 @@ def points(sweep: Sweep, rows: list[dict]) -> Iterator[dict]:
             for lr in rates:
                 yield base | {"lr": lr}
             if (best := choose(rates)) is not None:
-                for seed in range(1, 1 + sweep.seeds):
+                for seed in sweep.fresh_seeds(arm.name, task.label):
                     yield base | {"lr": best["lr"], "stage": "final", "seed": seed}
 
 
@@ -241,7 +241,7 @@ def run_sweep(sweep: Sweep, jobs: int = 1, limit: int | None = None) -> Path | N
     log = log_path(sweep)
     log.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    total = len(sweep.arms) * len(sweep.tasks) * sweep.seeds
+    total = sum(len(sweep.fresh_seeds(arm.name, task.label)) for arm in sweep.arms for task in sweep.tasks)
     total += len(sweep.tasks) * sum(len(arm.rates or sweep.rates) for arm in sweep.arms)
     bar = tqdm(total=total, unit="run", ncols=90, desc=sweep.name)
     while True:

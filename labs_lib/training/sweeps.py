@@ -1,6 +1,7 @@
 """The recorded sweeps of the course: which arms, tasks, learning rates and seeds. `sweep` runs them."""
 
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -65,6 +66,7 @@ class Sweep:
         widen: so many rates more may be tried, one by one, where an arm's best is at its grid's edge.
         refine: where even the best of a grid scores less than this, the rates halfway to its neighbours are tried too.
         gentle: of rates that score the same take the lowest, which forgets least; else that of the lowest loss.
+        more: (arm, task) -> fresh seeds there instead of `seeds`; either name may be "*". Where five could not tell.
     """
 
     name: str
@@ -77,10 +79,17 @@ class Sweep:
     widen: int = 0
     refine: float = 0.0
     gentle: bool = False
+    more: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def fresh_seeds(self, arm: str, task: str) -> range:
+        """The seeds of the second stage: 1, 2, ... (the first stage has seed 0)."""
+        named = [self.more[key] for key in product((arm, "*"), (task, "*")) if key in self.more]
+        return range(1, 1 + (named[0] if named else self.seeds))
 
     def to_dict(self) -> dict:
-        """The definition; what is off is left out, so that logs of earlier sweeps keep their names."""
-        return {k: v for k, v in asdict(self).items() if k not in ("widen", "refine", "gentle") or v}
+        """The definition, by which its log is named: `more` seeds leave what has run valid; what is off is left out."""
+        settings = {k: v for k, v in asdict(replace(self, more={})).items() if k != "more"}
+        return {k: v for k, v in settings.items() if k not in ("widen", "refine", "gentle") or v}
 
 
 def _lora(rank: int, targets: str | tuple[str, ...] = "all-linear", label: str = "all") -> Arm:
@@ -88,6 +97,7 @@ def _lora(rank: int, targets: str | tuple[str, ...] = "all-linear", label: str =
 
 
 _RATES = (1e-3, 3e-3, 5e-3, 1e-2, 2e-2)
+_MANY = 20  # fresh seeds where the first few could not tell; set once for all, whatever the first ones said
 _UNTUNED = (2e-4,)  # the rate that most LoRA and DoRA recipes for 7B models print
 # Of 20,000 parameters, q and v buy rank 9, attention 4, the MLP 3, all linear layers 2.
 _QV_R9 = Arm("LoRA r9, q and v", rank=9, alpha=18, targets=("q_proj", "v_proj"))
@@ -266,6 +276,7 @@ SWEEPS = {
             tasks=(_FACTS_512,),
             rates=_RATES,
             seeds=5,
+            more={(_R8.name, "*"): _MANY},
         ),
         Sweep(
             name="tune_lora_style",
@@ -274,6 +285,7 @@ SWEEPS = {
             tasks=(_STYLE,),
             rates=_RATES,
             seeds=5,
+            more=dict.fromkeys(((arm.name, "*") for arm in (_QV_R9, _R2, _R8, _R64)), _MANY),
         ),
         Sweep(
             name="dora",
@@ -292,7 +304,9 @@ SWEEPS = {
             ),
             tasks=(_FACTS_512,),
             rates=(2e-3, 3e-3, 5e-3),
+            widen=2,
             seeds=5,
+            more={("*", "*"): _MANY},
         ),
         Sweep(
             name="qlora",
@@ -385,6 +399,7 @@ SWEEPS = {
             ),
             rates=(),
             seeds=5,
+            more={("*", "*"): _MANY},
         ),
         Sweep(
             name="adalora",
@@ -521,6 +536,7 @@ SWEEPS = {
             tasks=(replace(_STYLE, batch=8),),
             rates=(),
             seeds=5,
+            more={("*", "*"): _MANY},
             widen=1,
         ),
         Sweep(
@@ -544,6 +560,7 @@ SWEEPS = {
             tasks=(replace(_STYLE, batch=8),),
             rates=(),
             seeds=3,
+            more={("*", "*"): _MANY},
             size="medium",
             widen=1,
             refine=0.99,
@@ -556,6 +573,7 @@ SWEEPS = {
             tasks=(replace(_STYLE, batch=8),),
             rates=(),
             seeds=3,
+            more={("*", "*"): _MANY},
             size="tiny",
             widen=1,
             refine=0.99,
@@ -590,6 +608,7 @@ SWEEPS = {
             tasks=(_REVIEWS,),
             rates=_RATES,
             seeds=5,
+            more={("*", "*"): _MANY},
         ),
         Sweep(
             name="prefix_stability",
@@ -667,6 +686,7 @@ SWEEPS = {
             tasks=(replace(_WAYBILLS, batch=8),),
             rates=(),
             seeds=4,
+            more={("*", "*"): _MANY},
         ),
         Sweep(
             name="galore_gap",
