@@ -45,7 +45,7 @@ COMMANDS = {
     "competence": ("labs_lib.models.competence", "measure what a shipped base model knows and can do"),
     "serve": ("labs_lib.serving.serve", "serve one base and many tenants' adapters over HTTP"),
     "tenants": ("labs_lib.serving.tenants", "add tenants, publish and roll back their adapter versions"),
-    "bench": ("labs_lib.serving.bench", "measure the serving engine against other ways to serve adapters"),
+    "bench": ("labs_lib.bench", "measure serving, training or inference, and record it"),
     "data": ("labs_lib.world.build", "rebuild the shipped data, or check it against its checksums"),
     "build": ("labs_lib.build.notebooks", "write the notebooks from solutions/*.py; --check only compares"),
     "book": ("labs_lib.build.book", "write the course as a site to read, from the stored outputs"),

@@ -685,7 +685,6 @@ def _say(text: str) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan = Plan()
-    parser.add_argument("what", choices=["serving"], help="what to measure")
     parser.add_argument(
         "--model",
         default=plan.model,
