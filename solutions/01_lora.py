@@ -775,7 +775,7 @@ def top_share(matrix, k=8):
     return (squares[:k].sum() / squares.sum()).item()
 
 
-start = {name: weight.detach() for name, weight in base.named_parameters() if "proj" in name}
+start = {name: weight.detach() for name, weight in base.named_parameters() if name.endswith("proj.weight")}
 end = dict(models["full"].named_parameters())
 updates = [end[name].detach() - weight for name, weight in start.items()]
 held = fmean(map(top_share, updates)), fmean(top_share(torch.randn_like(update)) for update in updates)

@@ -417,7 +417,9 @@ class Snapshots(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % max(1, state.max_steps // 4) == 0:
             plain = merge_lora(copy.deepcopy(model))
-            self.kept.append({n: p.detach().float() for n, p in plain.named_parameters() if "proj" in n})
+            self.kept.append(
+                {n: p.detach().float() for n, p in plain.named_parameters() if n.endswith("proj.weight")}
+            )
 
 
 # %%
@@ -432,7 +434,7 @@ recorded = {  # the rows of seed 1 at each method's best rate
 moves, runs, models = {}, {}, {}
 for method, row in recorded.items():
     model, _ = lab.base()
-    start = {n: p.detach().float().clone() for n, p in model.named_parameters() if "proj" in n}
+    start = {n: p.detach().float().clone() for n, p in model.named_parameters() if n.endswith("proj.weight")}
     model.requires_grad_(method == "full")
     if method == "lora":
         inject_lora(model, "all-linear", rank=8, alpha=16, generator=torch.Generator().manual_seed(1))

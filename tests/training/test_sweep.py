@@ -93,6 +93,51 @@ def test_a_sweep_with_a_fixed_grid_keeps_its_log():
     assert "widen" not in SMALL.to_dict() and dataclasses.replace(SMALL, widen=2).to_dict()["widen"] == 2
 
 
+def test_more_seeds_run_only_what_is_new(monkeypatch):
+    """Five could not tell: twenty for some arms, in the same log, at the rate that was chosen before."""
+    ran = []
+    monkeypatch.setattr(
+        sweeping,
+        "run_point",
+        lambda point, size: ran.append(point) or point | {"score": point["lr"], "loss": 1.0},
+    )
+    assert sweeping.run_sweep(SMALL)
+    ran.clear()
+    more = dataclasses.replace(SMALL, more={("a", "facts"): 4})
+    assert sweeping.log_path(more) == sweeping.log_path(SMALL)
+    assert sweeping.run_sweep(more)
+    assert [(p["arm"]["name"], p["stage"], p["seed"], p["lr"]) for p in ran] == [
+        ("a", "final", 3, 1e-2),
+        ("a", "final", 4, 1e-2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "count"),
+    [({}, 2), ({("*", "*"): 7}, 7), ({("*", "facts"): 7}, 7), ({("a", "*"): 7}, 7), ({("b", "*"): 7}, 2)],
+)
+def test_more_seeds_are_named_by_arm_and_task(more, count):
+    assert dataclasses.replace(SMALL, more=more).fresh_seeds("a", "facts") == range(1, 1 + count)
+
+
+def test_an_arm_s_own_entry_goes_before_a_star():
+    sweep = dataclasses.replace(
+        SMALL, more={("*", "*"): 3, ("*", "facts"): 5, ("a", "*"): 7, ("a", "facts"): 9}
+    )
+    assert len(sweep.fresh_seeds("a", "facts")) == 9
+    assert len(sweep.fresh_seeds("a", "x")) == 7
+    assert len(sweep.fresh_seeds("b", "facts")) == 5
+
+
+def test_more_seeds_name_arms_and_tasks_that_exist():
+    from labs_lib.training.bakeoff import BAKEOFF
+
+    for sweep in (*SWEEPS.values(), BAKEOFF):
+        arms, tasks = {arm.name for arm in sweep.arms}, {task.label for task in sweep.tasks}
+        for arm, task in sweep.more:
+            assert arm in arms | {"*"} and task in tasks | {"*"}, sweep.name
+
+
 def test_rates_and_finals_that_the_plan_does_not_ask_for_are_left_out(monkeypatch):
     """As when the rows of a narrower or wider grid are copied into the log: nothing planned is run again."""
     monkeypatch.setattr(
