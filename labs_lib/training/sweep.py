@@ -192,7 +192,7 @@ def best_point(
     """The first stage's row with the best score; None until all rates are in.
 
     Ties go to the lower loss: held-out where that was watched, else of training. With `gentle` they go to the lower
-    rate.
+    rate, unless nothing was learned at any: there the loss says which came closest.
     """
     first = [r for r in rows if r["stage"] == "sweep" and r["arm"]["name"] == arm.name and r["label"] == task]
     done = [r for r in first if r["lr"] in rates]
@@ -200,7 +200,7 @@ def best_point(
         return None
 
     def merit(row: dict) -> tuple[float, float]:
-        if gentle:
+        if gentle and row["score"] > 0:
             return row["score"], -row["lr"]
         loss = row.get("held_loss", row["loss"])
         return row["score"], -(loss if loss is not None else float("inf"))

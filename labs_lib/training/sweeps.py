@@ -65,7 +65,8 @@ class Sweep:
     Attributes:
         widen: so many rates more may be tried, one by one, where an arm's best is at its grid's edge.
         refine: where even the best of a grid scores less than this, the rates halfway to its neighbours are tried too.
-        gentle: of rates that score the same take the lowest, which forgets least; else that of the lowest loss.
+        gentle: of rates that score the same, above zero, take the lowest, which forgets least; else that of the lowest
+            loss.
         more: (arm, task) -> fresh seeds there instead of `seeds`; either name may be "*". Where five could not tell.
     """
 

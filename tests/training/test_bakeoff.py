@@ -66,6 +66,8 @@ def test_of_equally_good_rates_the_lowest_wins():
     rows = [row(1, 0.5, 0.9), row(2, 0.5, 0.1), row(3, 0.4, 0.0)]
     assert sweeping.best_rate(rows, arm, "t", (1, 2, 3)) == 2
     assert sweeping.best_rate(rows, arm, "t", (1, 2, 3), gentle=True) == 1
+    nothing = [row(1, 0.0, 0.9), row(2, 0.0, 0.1), row(3, 0.0, 0.4)]
+    assert sweeping.best_rate(nothing, arm, "t", (1, 2, 3), gentle=True) == 2, "the lowest rate learned least"
 
 
 @pytest.mark.parametrize(
