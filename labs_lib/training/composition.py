@@ -210,7 +210,7 @@ def train(
     model.train()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(step / warmup, (steps - step) / (steps - warmup))
+            group["lr"] = lr * min(step / warmup, (steps - step) / max(1, steps - warmup))
         optimizer.zero_grad()
         for draw in draws:
             loss = model(**collate(next(draw), tokenizer.pad_token_id)).loss

@@ -21,7 +21,8 @@ FAMILIES = {
         {"tie_word_embeddings": True, "num_attention_heads": 4, "num_key_value_heads": 1},
     ),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),  # biases on q, k, v
-    "mistral": ("MistralConfig", {"tie_word_embeddings": False, "sliding_window": 64}),
+    # Like the real one's 4,096 tokens, the window is longer than any text of a lab.
+    "mistral": ("MistralConfig", {"tie_word_embeddings": False, "sliding_window": 256}),
 }
 
 

@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 
+from .graph import CUDAGraph, capturing, graph, refuse
 from .modes import Calls, Operators, named
 from .tags import CPU, DEVICE, HELD, copied, tensors_in
 
@@ -80,7 +81,7 @@ class Stream:
         pass
 
     def is_capturing(self) -> bool:
-        return False
+        return capturing()
 
     wait_stream = wait_event = lambda self, other: None
 
@@ -112,6 +113,7 @@ def _of_cuda(card) -> dict:
     name, memory, capability, _ = card
     main = Stream()
     none = lambda *args, **kwargs: None  # noqa: E731
+    waits = lambda *args, **kwargs: refuse()  # noqa: E731
     statistics = lambda: {  # noqa: E731
         "allocated_bytes.all.current": HELD.now,
         "allocated_bytes.all.peak": HELD.peak,
@@ -131,7 +133,7 @@ def _of_cuda(card) -> dict:
         "get_device_properties": lambda device=None: _properties(card),
         "get_arch_list": lambda: [f"sm_{capability[0]}{capability[1]}"],
         "is_bf16_supported": lambda including_emulation=True: including_emulation or capability >= (8, 0),
-        "synchronize": none,
+        "synchronize": waits,
         "empty_cache": none,
         "ipc_collect": none,
         "mem_get_info": lambda device=None: (memory - HELD.now, memory),
@@ -147,7 +149,10 @@ def _of_cuda(card) -> dict:
         "stream": lambda stream: nullcontext(),
         "current_stream": lambda device=None: main,
         "default_stream": lambda device=None: main,
-        "is_current_stream_capturing": lambda: False,
+        "is_current_stream_capturing": capturing,
+        "CUDAGraph": CUDAGraph,
+        "graph": graph,
+        "graph_pool_handle": lambda: (0, 0),
         "manual_seed": none,
         "manual_seed_all": none,
         "get_rng_state": lambda device="cuda": torch.get_rng_state(),

@@ -80,6 +80,9 @@ def unwatched() -> bool:
 
 def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A copy of the numbers on the other device, outside of autograd."""
+    from .graph import refuse
+
+    refuse()
     _local.copying = True
     try:
         with torch._C.DisableTorchFunction(), torch.no_grad():
