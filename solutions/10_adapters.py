@@ -1013,14 +1013,16 @@ table(rows)
 
 # %%
 from transformers import AutoModelForCausalLM
-
+from labs_lib.errors import LabsError
+from labs_lib.models.base import base_config
 from labs_lib.errors import LabsError
 
 
 def of_depth(layers):
-    """A small random model of so many layers, the same numbers every time."""
+    """A small random Llama of so many layers, the same numbers every time."""
     torch.manual_seed(lab.seed)
-    shape = type(base.config)(**base.config.to_dict() | {"num_hidden_layers": layers, "layer_types": None})
+    shape = base_config("tiny")
+    shape.num_hidden_layers = layers
     return AutoModelForCausalLM.from_config(shape).eval()
 
 
@@ -1028,7 +1030,7 @@ shallow = inject_llama_adapter(of_depth(2), prompts=5, layers=2)
 for layer in prompted_layers(shallow).values():
     layer.adaption_gate.data.fill_(1.0)
 save_llama_adapter(shallow, folder / "shallow")
-ids = batch["input_ids"][:2].cpu()
+ids = some["input_ids"][:2].cpu()
 with torch.no_grad():
     deep = of_depth(4)(input_ids=ids).logits
     loaded = PeftModel.from_pretrained(of_depth(4), folder / "shallow").eval()(input_ids=ids).logits
