@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 #: The family: width only differs, so that a trend over sizes has one cause. All have 4 layers and heads of 32.
-SIZES = {"tiny": 64, "small": 128, "medium": 256, "large": 512}
+SIZES = {"tiny": 64, "small": 128, "medium": 256, "large": 512, "xlarge": 1024}
 LAYERS, HEAD = 4, 32
 DEFAULT = "small"
 
@@ -42,11 +42,13 @@ def base_config(size: str):
     )
 
 
-def _quantisation(kind: str | None, skip: tuple[str, ...] = ()):
-    """The library's settings for `kind`; layers named in `skip` stay as they are (4 bits only)."""
+def _quantisation(kind: str | None, dtype: "torch.dtype", skip: tuple[str, ...] = ()):
+    """The library's settings for `kind`; layers named in `skip` stay as they are (4 bits only).
+
+    4-bit layers compute in the dtype of the rest, as in the paper: bfloat16 where the base is in bfloat16.
+    """
     if kind is None:
         return None
-    import torch
     from transformers import BitsAndBytesConfig
 
     if kind == "nf4":
@@ -54,7 +56,7 @@ def _quantisation(kind: str | None, skip: tuple[str, ...] = ()):
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
+            bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=["lm_head", *skip],
         )
     if kind == "int8":
@@ -71,12 +73,11 @@ def load_base(
     """Load a model and its tokenizer, ready to be adapted.
 
     Args:
-        name: a size of the family (`labs pretrain` makes `large`, the others are shipped), a
+        name: a size of the family (`labs pretrain` makes `large` and `xlarge`, the others are shipped), a
             folder in hub layout, or a hub id.
-        dtype: weights' type; float32 by default.
+        dtype: weights' type, in which 4-bit layers compute as well; float32 by default.
         device: where the weights go.
-        quantise: None, `nf4` (4-bit NormalFloat with double quantisation) or `int8`, by bitsandbytes. On CPU, 4-bit
-            layers compute in float32.
+        quantise: None, `nf4` (4-bit NormalFloat with double quantisation) or `int8`, by bitsandbytes.
 
     Returns:
         (model in eval mode, tokenizer padding on the left).
@@ -86,7 +87,7 @@ def load_base(
             changed. A hub id that cannot be fetched falls back to the shipped base and says so.
     """
     if name in SIZES:
-        return _load(_verified(name), dtype, device, quantise)
+        return _load(verified(name), dtype, device, quantise)
     if Path(name).is_dir():
         return _load_foreign(Path(name), dtype, device, quantise)
     if "/" not in name:
@@ -102,7 +103,7 @@ def load_base(
             "Check the name and the network, or download it first with `hf download`.",
             stacklevel=2,
         )
-        return _load(_verified(DEFAULT), dtype, device, quantise)
+        return _load(verified(DEFAULT), dtype, device, quantise)
 
 
 def fresh_base(size: str, seed: int) -> "PreTrainedModel":
@@ -114,13 +115,13 @@ def fresh_base(size: str, seed: int) -> "PreTrainedModel":
     return LlamaForCausalLM(base_config(size)).eval()
 
 
-def _verified(size: str) -> Path:
+def verified(size: str) -> Path:
     from labs_lib.world.build import verify
 
     folder = base_folder(size)
-    if not (folder / "model.safetensors").is_file() and size not in ("tiny", "small"):
+    if not (folder / "model.safetensors").is_file() and size in ("large", "xlarge"):
         raise LabsError(
-            f"The base {size!r} is not shipped: make it with `labs pretrain {size}`, or load 'small'."
+            f"The base {size!r} is not shipped: make it with `labs pretrain {size}` on a GPU, or load 'medium'."
         )
     verify(*(f"base/{size}/{name}" for name in ("model.safetensors", "config.json", "tokenizer.json")))
     return folder
@@ -140,7 +141,7 @@ def _load(source: Path | str, dtype, device: str, quantise: str | None):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    skip = ()
+    dtype, skip = dtype or torch.float32, ()
     if quantise == "nf4" and getattr(AutoConfig.from_pretrained(source), "intermediate_size", 0) % 64:
         skip = ("down_proj",)  # bitsandbytes 0.50 on CPU garbles rows that are no whole number of blocks
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
@@ -148,14 +149,16 @@ def _load(source: Path | str, dtype, device: str, quantise: str | None):
         tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(
         source,
-        dtype=dtype or torch.float32,
-        quantization_config=_quantisation(quantise, skip),
+        dtype=dtype,
+        quantization_config=_quantisation(quantise, dtype, skip),
+        # A quantised model can't be moved, and without a map transformers would put it on a GPU if there is one.
+        device_map={"": device} if quantise else None,
         use_safetensors=True,
     )
     if quantise is None:
         model = model.to(device)
     for module in model.modules() if quantise == "nf4" else ():
-        # bitsandbytes 0.50 on CPUs with AVX512-BF16 would compute in bfloat16 in eval mode, and repack the weights for
-        # it in place, which breaks merging and training afterwards: float32 everywhere instead.
+        # bitsandbytes 0.50 on CPUs with AVX512-BF16 would take a kernel of its own in eval mode, and repack the weights for
+        # it in place, which breaks merging and training afterwards: not here.
         module.support_avx512bf16_for_cpu = False
     return model.eval(), tokenizer

@@ -187,7 +187,8 @@ def unpacked(model):
 def prompt(model, arm: "Arm", seed: int, steps: int) -> Adapted:
     """Our soft prompt, and where in the vocabulary it ended: distances to the nearest token, over the usual one.
 
-    Options: `tokens`; `init`; `std` of "random"; `text` of "text". `init="guide"` starts from the tenant's guide line.
+    Options: `tokens`; `init`; `std` of "random", or `std_of_table`, in units of the vocabulary's; `text` of "text".
+    `init="guide"` starts from the tenant's guide line.
     """
     import torch
 
@@ -201,6 +202,9 @@ def prompt(model, arm: "Arm", seed: int, steps: int) -> Adapted:
 
     options = dict(arm.options)
     text, ids = options.pop("text", ""), ()
+    if "std_of_table" in options:
+        table_std = model.get_input_embeddings().weight.float().std().item()
+        options["std"] = options.pop("std_of_table") * table_std
     if options.get("init") == "guide":
         options["init"], ids = "text", encode(f"Guide: {load_tenant(TENANT).guide}\n")
     elif text:

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 
 from labs_lib.errors import LabsError
-from labs_lib.models.base import base_folder
+from labs_lib.models.base import verified
 from labs_lib.paths import cache
 from labs_lib.training.adapt import METHODS
 from labs_lib.training.sweeps import SWEEPS, Arm, Sweep
@@ -222,7 +222,7 @@ def _key(point: dict) -> str:
 
 def log_path(sweep: Sweep) -> Path:
     """Where a sweep's finished points are kept; another definition or another base model has another file."""
-    base = hashlib.sha256((base_folder(sweep.size) / "model.safetensors").read_bytes()).hexdigest()
+    base = hashlib.sha256((verified(sweep.size) / "model.safetensors").read_bytes()).hexdigest()
     settings = json.dumps([sweep.to_dict(), base], sort_keys=True)
     return cache() / "sweeps" / f"{sweep.name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.jsonl"
 

@@ -211,6 +211,10 @@ def _prompt(tokens: int, init: str = "vocab", rates: tuple[float, ...] = _PROMPT
     return Arm(name, method="prompt", options={"tokens": tokens, "init": init} | more, rates=rates)
 
 
+# Far from every token, with a rate to match; small's best was the vocabulary's spread times 50, at a rate of 2.7.
+_FAR = _prompt(20, "random", (3e-1, 9e-1, 2.7), name="normal, 50 times the table", std_of_table=50)
+
+
 def _mixed(name: str, tokens: int, units: int, rates: tuple[float, ...], **more) -> Arm:
     """Prefix and parallel adapter, together about LoRA r2's 18,944 numbers."""
     options = {"tokens": tokens, "bottleneck": units, "scale": 4} | more
@@ -556,8 +560,8 @@ SWEEPS = {
         ),
         Sweep(
             name="prompt_medium",
-            note="The bake-off's style on the medium base: prompt tuning against full fine-tuning.",
-            arms=(_prompt(20), replace(_FULL, rates=(3e-4, 1e-3))),
+            note="The bake-off's style on the medium base: prompt tuning from two starts, full fine-tuning.",
+            arms=(_prompt(20), replace(_FULL, rates=(3e-4, 1e-3)), _FAR),
             tasks=(replace(_STYLE, batch=8),),
             rates=(),
             seeds=3,
@@ -569,8 +573,8 @@ SWEEPS = {
         ),
         Sweep(
             name="prompt_tiny",
-            note="The bake-off's style on the tiny base: prompt tuning against full fine-tuning.",
-            arms=(_prompt(20), replace(_FULL, rates=(3e-4, 1e-3, 3e-3))),
+            note="The bake-off's style on the tiny base: prompt tuning from two starts, full fine-tuning.",
+            arms=(_prompt(20), replace(_FULL, rates=(3e-4, 1e-3, 3e-3)), _FAR),
             tasks=(replace(_STYLE, batch=8),),
             rates=(),
             seeds=3,
@@ -578,6 +582,21 @@ SWEEPS = {
             size="tiny",
             widen=1,
             refine=0.99,
+        ),
+        *(
+            Sweep(
+                name=f"prompt_{size}",
+                note=f"The bake-off's style on the {size} base: prompt tuning from two starts, full fine-tuning.",
+                arms=(_prompt(20), replace(_FULL, rates=(1e-4, 3e-4, 1e-3)), _FAR),
+                tasks=(replace(_STYLE, batch=8),),
+                rates=(),
+                seeds=_MANY,
+                size=size,
+                widen=1,
+                refine=0.99,
+                gentle=True,
+            )
+            for size in ("large", "xlarge")
         ),
         Sweep(
             name="prompt_long",
