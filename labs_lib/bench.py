@@ -13,7 +13,7 @@ TARGETS = {
     "serving": ("labs_lib.serving.bench", "the serving engine against other ways to serve adapters"),
     "kernels": ("labs_lib.serving.kernels", "kernels of the serving engine against the card's limits"),
     "training": ("labs_lib.training.bench", "a training step of every method: seconds and bytes"),
-    "inference": ("labs_lib.training.inference_bench", "a decode step with every method's adapter"),
+    "inference": ("labs_lib.training.bench_inference", "a decode step with every method's adapter"),
 }
 
 

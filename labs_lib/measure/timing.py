@@ -9,7 +9,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,11 +18,12 @@ from labs_lib.measure.stats import Estimate, bootstrap_ci
 
 @dataclass(frozen=True)
 class TimeRatio:
-    """`ratio` is the median over rounds of time(arm) / time(baseline); `seconds` is the arm's median."""
+    """`ratio` is the median over rounds of time(arm) / time(baseline); `seconds` is the arm's median of `samples`."""
 
     ratio: Estimate
     seconds: float
     baseline_seconds: float
+    samples: tuple[float, ...] = field(default=(), repr=False)  # seconds of a call, one for each round
 
     def __str__(self) -> str:
         return f"{self.ratio} x ({self.seconds * 1e3:.3g} ms against {self.baseline_seconds * 1e3:.3g} ms)"
@@ -84,7 +85,8 @@ def time_ratios(
     result = {}
     for name in arms:
         ratio = bootstrap_ci(np.array(times[name]) / base, np.median, level=level)
-        result[name] = TimeRatio(ratio, float(np.median(times[name])), float(np.median(base)))
+        middle, of = float(np.median(times[name])), float(np.median(base))
+        result[name] = TimeRatio(ratio, middle, of, tuple(times[name]))
     return result
 
 

@@ -59,13 +59,106 @@ def random_like(
     global random state and say nothing sensible. A fresh LoRA on top adds exactly nothing, because B is zero:
     fill B with noise before comparing the outputs of adapters.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    if name not in TWINS:
-        raise LabsError(f"No twin is called {name!r}; there are: {', '.join(TWINS)}.")
-    row = {column: value for column, value in TWINS[name].items() if column != "parameters"}
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**row), dtype=dtype).eval()
+        return AutoModelForCausalLM.from_config(twin_config(name), dtype=dtype).eval()
+
+
+def twin_config(name: str):
+    """The config of a twin: one of TWINS, or `random:HIDDENxLAYERS`, a Llama of that size with 32,000 tokens."""
+    from transformers import AutoConfig
+
+    if name.startswith("random:"):
+        return AutoConfig.for_model(**_free_size(name))
+    if name not in TWINS:
+        raise LabsError(
+            f"No twin is called {name!r}; there are: {', '.join(TWINS)}, and random:HIDDENxLAYERS."
+        )
+    return AutoConfig.for_model(**{key: value for key, value in TWINS[name].items() if key != "parameters"})
+
+
+def _free_size(name: str) -> dict:
+    """Llama's proportions at another width: heads of 128 (one, below that), an FFN of 8/3 of the width."""
+    try:
+        hidden, layers = (int(word) for word in name.removeprefix("random:").split("x"))
+    except ValueError:
+        hidden = layers = 0
+    if min(hidden, layers) < 1 or hidden % max(1, hidden // 128) or hidden % 2:
+        raise LabsError(f"{name}: write it as random:4096x32 (hidden size, a multiple of 128, x layers).")
+    return {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": -(-8 * hidden // 3 // 256) * 256,
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(1, hidden // 128),
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+    }
+
+
+def random_packed(name: str, device: str | torch.device, dtype: torch.dtype) -> "PreTrainedModel":
+    """A twin whose linear layers bitsandbytes holds in 4 bits (NF4, double quantisation), made layer by layer.
+
+    At no time is more than one block there in full: a 7B model needs 4 GB. The head and the embeddings stay in
+    `dtype`, in which the 4-bit layers also compute.
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    whole, first = twin_config(name), twin_config(name)
+    first.num_hidden_layers = 1
+    if getattr(first, "layer_types", None):
+        first.layer_types = first.layer_types[:1]
+    with torch.device(device):
+        model = pack_linears(AutoModelForCausalLM.from_config(first, dtype=dtype), dtype)
+        blocks = model.model.layers
+        for index in range(1, whole.num_hidden_layers):
+            block = _in_dtype(dtype, type(blocks[0]), whole, index)
+            blocks.append(pack_linears(block, dtype))
+    for module in model.modules():
+        if getattr(module, "config", None) is first:
+            module.config = whole
+    whole._attn_implementation = first._attn_implementation
+    return model.eval()
+
+
+def _in_dtype(dtype: torch.dtype, make, *args):
+    """`make(*args)` with `dtype` as torch's default, so that nothing is made in float32 first."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return make(*args)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def pack_linears(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Put bitsandbytes' 4-bit layers in the place of every linear layer but the head, one after the other; in place."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for name, linear in list(model.named_modules()):
+        if not isinstance(linear, torch.nn.Linear) or linear is head:
+            continue
+        packed = Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            dtype,
+            quant_type="nf4",
+            device="meta",
+        )
+        settings = {"requires_grad": False, "quant_type": "nf4", "module": packed}
+        packed.weight = Params4bit(linear.weight.data, **settings).to(linear.weight.device)
+        packed.bias = linear.bias
+        packed.support_avx512bf16_for_cpu = False  # see load_base: float32 on CPU, in eval mode too
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, packed)
+    return model.requires_grad_(False)
 
 
 def peft_parameter_count(twin: "PreTrainedModel", peft_config: "PeftConfig") -> int:

@@ -1,6 +1,8 @@
 """Long work point by point: what is done is kept in a log, and the next call goes on where the last one stopped."""
 
 import json
+import math
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -11,14 +13,17 @@ def run_points(
     run: Callable[[dict], dict],
     title: str,
     limit: int | None = None,
+    until: float = math.inf,
 ) -> list[dict] | None:
-    """Run every point of a plan once; returns their rows in the plan's order, None if `limit` new ones came first.
+    """Run every point of a plan once; returns their rows in the plan's order, None if it stopped before the last.
 
     Args:
         log: JSON lines, one row for each finished point.
         plan: from the rows so far to all points known by now; later ones may depend on earlier rows.
         run: a point to its row, which holds the point's own entries.
         title: of the progress bar.
+        limit: stop after so many new points.
+        until: begin no point after this time of time.monotonic().
     """
     from tqdm.std import tqdm
 
@@ -30,7 +35,7 @@ def run_points(
         missing = [point for point in points if find(rows, point) is None]
         bar.total = len(points)
         bar.update(len(points) - len(missing) - bar.n)
-        if not missing or limit == 0:
+        if not missing or limit == 0 or time.monotonic() >= until:
             break
         rows.append(run(missing[0]))
         with log.open("a") as file:
