@@ -5,6 +5,7 @@ import os
 import runpy
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 from . import pretend
 
@@ -23,6 +24,9 @@ def small_profiles() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.pretend_cuda", description=__doc__)
     parser.add_argument("--small", action="store_true", help="steps and rows as in the profile smoke")
+    parser.add_argument(
+        "--noise", action="store_true", help="sums are off by a last digit, each time by another"
+    )
     parser.add_argument("-m", action="store_true", dest="module", help="the target is a module's name")
     parser.add_argument("target", help="a script's path")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments")
@@ -30,11 +34,11 @@ def main() -> None:
     if args.small:
         small_profiles()
     sys.argv = [args.target, *args.arguments]
-    with pretend(os.environ.get("PROFILE", "gpu")):
+    with pretend(os.environ.get("PROFILE", "gpu"), args.noise):
         if args.module:
             runpy.run_module(args.target, run_name="__main__", alter_sys=True)
         else:
-            sys.path.insert(0, os.path.dirname(args.target))
+            sys.path.insert(0, str(Path(args.target).parent))
             runpy.run_path(args.target, run_name="__main__")
 
 

@@ -6,6 +6,7 @@ Each patch is listed in `patches`; `Pretend` applies them and takes them back.
 import threading
 import time
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -163,10 +164,17 @@ def _of_cuda(card) -> dict:
 
 
 class Pretend:
-    """A context in which torch has one CUDA device; `profile` names the card in CARDS."""
+    """A context in which torch has one CUDA device.
 
-    def __init__(self, profile: str = "gpu"):
+    Args:
+        profile: names the card in CARDS.
+        noise: sums on the device are off by up to a last digit, each time by another: as if every call were another
+            kernel. What holds with it does not depend on the order in which a card adds up.
+    """
+
+    def __init__(self, profile: str = "gpu", noise: bool = False):
         self.card = CARDS[profile]
+        self._modes = partial(modes, noise)
         self._stack = ExitStack()
 
     def __enter__(self) -> "Pretend":
@@ -175,7 +183,7 @@ class Pretend:
         HELD.clear()
         for patch in self._patches():
             self._stack.enter_context(patch)
-        self._stack.enter_context(modes())
+        self._stack.enter_context(self._modes())
         return self
 
     def __exit__(self, *error) -> None:
@@ -186,7 +194,9 @@ class Pretend:
         cuda = _of_cuda(self.card)
         yield mock.patch.multiple(torch.cuda, create=True, **cuda)
         for module in (torch.cuda.memory, torch.cuda.random):
-            yield mock.patch.multiple(module, **{name: value for name, value in cuda.items() if name in vars(module)})
+            yield mock.patch.multiple(
+                module, **{name: value for name, value in cuda.items() if name in vars(module)}
+            )
         yield mock.patch.multiple(
             torch.accelerator,
             is_available=lambda: True,
@@ -204,15 +214,21 @@ class Pretend:
         backward = torch.autograd.graph._engine_run_backward
         for module in (torch.autograd, torch.autograd.graph):
             yield mock.patch.object(module, "_engine_run_backward", _within(Calls, backward))
+        pushes = torch._C._autograd._push_saved_tensors_default_hooks  # so are the hooks of a checkpoint
         yield mock.patch.object(
-            threading.Thread, "_bootstrap_inner", _within(modes, threading.Thread._bootstrap_inner)
+            torch._C._autograd,
+            "_push_saved_tensors_default_hooks",
+            lambda pack, unpack: pushes(_within(Calls, pack), _within(Calls, unpack)),
+        )
+        yield mock.patch.object(
+            threading.Thread, "_bootstrap_inner", _within(self._modes, threading.Thread._bootstrap_inner)
         )
 
 
 @contextmanager
-def modes():
+def modes(noise: bool = False):
     """Both modes, for the thread that calls."""
-    with Operators(), Calls():
+    with Operators(noise), Calls():
         yield
 
 

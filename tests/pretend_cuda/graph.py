@@ -13,7 +13,15 @@ from torch.utils._pytree import tree_map_only
 from .tags import storage, tagged, tensors_in
 
 # Operators that wait for the device, or whose result's shape depends on it.
-WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "equal", "is_nonzero"}
+WAITS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_consecutive",
+    "equal",
+    "is_nonzero",
+}
 _local = threading.local()
 
 
@@ -63,7 +71,8 @@ class Writing(TorchDispatchMode):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunction():
             name, given = func._schema.name.split("::")[1], tensors_in((args, kwargs))
-            if name in WAITS or len({tagged(each) for each in given if each.dim() > 0}) > 1:
+            chosen = name.startswith("index") and any(each.dtype == torch.bool for each in given[1:])
+            if name in WAITS or chosen or len({tagged(each) for each in given if each.dim() > 0}) > 1:
                 refuse()
             called, named = args, kwargs
             args, kwargs = tree_map_only(torch.Tensor, _alias, (args, kwargs))

@@ -5,14 +5,17 @@ every operator, in backward too: it lets devices mix only where CUDA does, and p
 """
 
 from functools import cache
+from itertools import count
 
 import torch
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .tags import CPU, DEVICE, calling, calls, copied, moved, storage, tag, tagged, tensors_in, unwatched
 
 T = torch.Tensor
+_draws = count()
 # Operators that may take tensors of both devices, whatever their shapes.
 CROSSING = {"copy_", "_to_copy", "set_", "_foreach_copy_", "lift", "lift_fresh"}
 # Operators that are not pointwise and still take a CPU tensor without dimensions, as a number.
@@ -145,17 +148,22 @@ class Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.device or func in _plain_getters():
             return func(*args, **kwargs)
+        if isinstance(
+            func, OpOverload
+        ):  # passed on by another mode (a FLOP counter): `device` is C++'s word, not a wish
+            return func(*args, **kwargs)
         wanted = named(kwargs["device"]) if kwargs.get("device") is not None else None
         if func in ANSWERS:
             with calling(wanted, (args, kwargs)):
                 return ANSWERS[func](*args, **kwargs)
         if wanted is not None:
-            kwargs = {**kwargs, "device": CPU, "pin_memory": False} if "pin_memory" in kwargs else {**kwargs, "device": CPU}
+            kwargs = {**kwargs, "device": CPU}
         elif not tensors_in((args, kwargs)):
             wanted = CPU
         if "pin_memory" in kwargs:
             kwargs = {**kwargs, "pin_memory": False}
         with calling(wanted, (args, kwargs)):
+            _check_generator(args, kwargs)
             result = func(*args, **kwargs)
         if func is T.__deepcopy__:  # copies bytes, not tensors
             return tag(result) if tagged(args[0]) else result
@@ -165,19 +173,46 @@ class Calls(TorchFunctionMode):
         return result
 
 
+def _check_generator(args, kwargs) -> None:
+    """A generator draws for tensors of its own device only."""
+    for each in (*args, *kwargs.values()):
+        if isinstance(each, torch._C.Generator):
+            here, there = (
+                "cuda" if on_cuda else "cpu" for on_cuda in (calls()[-1].on_cuda, each.device.type == "cuda")
+            )
+            if here != there:
+                raise RuntimeError(f"Expected a '{here}' device type for generator but found '{there}'")
+
+
 @cache
 def _plain_getters() -> frozenset:
     """What is read most often and has nothing to do with devices."""
-    names = ("shape", "dtype", "requires_grad", "is_meta", "layout", "ndim", "is_sparse", "grad_fn", "is_leaf")
-    return frozenset(getattr(T, name).__get__ for name in names) | {T.size, T.dim, T.numel, T.is_floating_point}
+    names = (
+        "shape",
+        "dtype",
+        "requires_grad",
+        "is_meta",
+        "layout",
+        "ndim",
+        "is_sparse",
+        "grad_fn",
+        "is_leaf",
+    )
+    return frozenset(getattr(T, name).__get__ for name in names) | {
+        T.size,
+        T.dim,
+        T.numel,
+        T.is_floating_point,
+    }
 
 
 # Operators -------------------------------------------------------------------------------------------------------
 
 
-def mixed(first: str = "cuda:0", second: str = "cpu") -> RuntimeError:
+def mixed(name: str) -> RuntimeError:
     return RuntimeError(
-        f"Expected all tensors to be on the same device, but found at least two devices, {first} and {second}!"
+        "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
+        f"(in {name})"
     )
 
 
@@ -202,22 +237,41 @@ def check(func, args, tensors: list[torch.Tensor], on_cuda: list[bool]) -> None:
                 "indices should be either on cpu or on the same device as the indexed tensor (cpu)"
             )
         if any(tagged(value) != here and (here and value.dim() > 0 or not here) for value in values):
-            raise mixed()
+            raise mixed(name)
         return
     if name.startswith(("_foreach_", "_amp_foreach_")):
         lists = [each for each in args if isinstance(each, (list, tuple)) and tensors_in(each)]
         for group in zip(*lists, strict=False):
             here = [each for each in group if each.dim() > 0]
             if len({tagged(each) for each in here}) > 1:
-                raise mixed()
+                raise mixed(name)
         return
     for tensor, cuda in zip(tensors, on_cuda, strict=True):
         if not cuda and not (numbers and tensor.dim() == 0):
-            raise mixed()
+            raise mixed(name)
+
+
+# Operators whose kernels add up in an order of their own, so that another library, shape or card rounds otherwise.
+SUMS = {
+    "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "sum", "mean", "norm", "linalg_vector_norm", "_softmax",
+    "_log_softmax", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math", "rms_norm",
+}  # fmt: skip
+
+
+def _rounded_otherwise(result) -> None:
+    """Move each number by up to a last digit of the tensor's typical size."""
+    for each in tensors_in(result):
+        if each.is_floating_point() and each.numel():
+            size = torch.finfo(each.dtype).eps * each.detach().float().square().mean().sqrt()
+            each += (size * (2 * torch.rand(each.shape) - 1)).to(each.dtype)
 
 
 class Operators(TorchDispatchMode):
     """See the file's first lines."""
+
+    def __init__(self, noise: bool = False):
+        super().__init__()
+        self.noise = noise
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -233,22 +287,14 @@ class Operators(TorchDispatchMode):
                 here = call.on_cuda
             else:
                 here = any(on_cuda) if name not in INDEXING else on_cuda[0]
-            _check_generator(args, kwargs, here)
             result = func(*args, **kwargs)
+            if self.noise and here and name in SUMS:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(next(_draws))
+                    _rounded_otherwise(result)
             if here:
                 given = {each.untyped_storage()._cdata for each in tensors if each.layout == torch.strided}
                 for each in tensors_in(result):
                     if (memory := storage(each)) is not None and memory._cdata not in given:
                         tag(each)
             return result
-
-
-def _check_generator(args, kwargs, here: bool) -> None:
-    for each in (*args, *kwargs.values()):
-        if isinstance(each, torch._C.Generator):
-            there = getattr(each, "on_cuda", False)
-            if there != here:
-                kinds = ("cuda", "cpu") if here else ("cpu", "cuda")
-                raise RuntimeError(
-                    f"Expected a '{kinds[0]}' device type for generator but found '{kinds[1]}'"
-                )
