@@ -46,6 +46,7 @@ COMMANDS = {
     "serve": ("labs_lib.serving.serve", "serve one base and many tenants' adapters over HTTP"),
     "tenants": ("labs_lib.serving.tenants", "add tenants, publish and roll back their adapter versions"),
     "bench": ("labs_lib.bench", "measure serving, training or inference, and record it"),
+    "gpu": ("labs_lib.gpu", "make every record that wants a GPU, within a budget of minutes"),
     "data": ("labs_lib.world.build", "rebuild the shipped data, or check it against its checksums"),
     "build": ("labs_lib.build.notebooks", "write the notebooks from solutions/*.py; --check only compares"),
     "book": ("labs_lib.build.book", "write the course as a site to read, from the stored outputs"),

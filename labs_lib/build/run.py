@@ -224,6 +224,29 @@ def _near(path: Path) -> str:
         return str(path)
 
 
+def _record(tasks: Sequence[Task], results: Sequence[Result], workers: int) -> None:
+    """With LABS_RECORD=1: a record of what each notebook took, or where it failed, on the profile's device."""
+    from labs_lib.lab.profiles import choose_profile
+    from labs_lib.measure.records import Record, recording, save_record
+
+    if not recording():
+        return
+    rows = [
+        {
+            "lab": task.entry.number,
+            "notebook": task.kind,
+            "profile": task.profile,
+            "passed": not result.error,
+            "seconds": round(result.seconds, 1),
+            "peak_bytes": result.peak_bytes,
+        }
+        for task, result in zip(tasks, results, strict=True)
+    ]
+    device = "cuda" if choose_profile(tasks[0].profile).cuda else "cpu"
+    note = f"Notebooks from the first cell to the last, {workers} at a time; memory of the host, not of the card."
+    save_record(Record("lab_runs", rows, note=note), device=device)
+
+
 # --- command
 
 
@@ -266,6 +289,7 @@ def main(args: argparse.Namespace) -> int:
     ]
     folder = course.root / "build" / "executed"
     results = run_tasks(course, tasks, folder, args.jobs)
+    _record(tasks, results, args.jobs)
     for task, result in zip(tasks, results, strict=True):
         if not result.error:
             (folder / f"{task.entry.stem}.{task.kind}.ipynb").unlink(missing_ok=True)
