@@ -41,14 +41,17 @@ def merged(model, folder: Path):
 class Plain(ModelExecutor):
     """The base model alone, its layers not wrapped: what serving costs without adapters."""
 
-    def __init__(self, model, pool: Pool) -> None:
+    def __init__(self, model, pool: Pool, graphs: str = "off", rows: int = 32) -> None:
         check_model(model)
-        self._attach(model, pool.layout, pool)
+        self._attach(model, pool.layout, pool, graphs, rows)
 
     def _index_of(self, rows: Rows, tokens: int) -> None:
         return None
 
-    def _use(self, index: None, rows: Rows, tokens: int) -> None:
+    def _gains_of(self, rows: Rows, tokens: int) -> None:
+        return None
+
+    def apply(self, index: None, gain_page: None, recorded: bool = False) -> None:
         pass
 
     def close(self) -> None:

@@ -13,6 +13,8 @@ import torch
 
 from labs_lib.serving.types import IsolationError
 
+TILE = 16  # rows: what a GPU's matrix units multiply at least
+
 
 class Segment(NamedTuple):
     """Rows start..stop of the batch in `Index.order`: all of one slot. `pages` indexes the arena; None: no adapter."""
@@ -77,6 +79,8 @@ class Tiles:
 class Index:
     """The batch of one step as the ops see it.
 
+    `static` False: made for one batch, of shapes that follow from it (see `StaticIndex`).
+
     Args:
         slot: slot of each row (T,), a sequence of ints or a tensor. 0 is the base model.
         pages: page table (S, R) in host memory: row s has the pages of slot s, padded by 0, the page of zeros.
@@ -86,6 +90,8 @@ class Index:
 
     Raises IsolationError for a slot that is not in the table: -1 would quietly read the last tenant's pages.
     """
+
+    static = False
 
     def __init__(
         self,
@@ -224,6 +230,46 @@ class Index:
         cell_of_row = np.empty_like(self.slots)
         cell_of_row[self._order] = np.where(cells < 0, -1, cells + within)
         return Tiles(count, rows, cell_of_row, table, self.device)
+
+
+class StaticIndex:
+    """The same in memory that stays where it is, for a recorded step: what `gather` and `sgmv` read, at fixed shapes.
+
+    Any batch of `rows` rows whose adapters have up to `rank` pages fits in: there are as many tiles as rows, for the
+    case that every row has an adapter of its own. A tile that is not needed has no rows; the kernel leaves it at once.
+    """
+
+    static, largest, tile_rows = True, 0, TILE
+
+    def __init__(self, rows: int, rank: int, device: torch.device | str) -> None:
+        self.rank, self.count, self.rows = rank, rows, TILE
+        self.row_pages = torch.zeros(rows, rank, dtype=torch.long, device=device)
+        self.cells_on_device = torch.full((rows * TILE,), -1, dtype=torch.long, device=device)
+        self.pages = torch.zeros(rows, rank, dtype=torch.long, device=device)
+        self.choices: dict = {}
+
+    def __len__(self) -> int:
+        return len(self.row_pages)
+
+    @property
+    def buffers(self) -> dict[str, torch.Tensor]:
+        return {"row_pages": self.row_pages, "cells": self.cells_on_device, "pages": self.pages}
+
+    def tiles(self, rows: int) -> "StaticIndex":
+        """Itself: it has one size of tiles."""
+        assert rows == TILE
+        return self
+
+    def fill(self, index: Index) -> None:
+        """Take over a batch of as many rows, base rows among them."""
+        cut = index.tiles(TILE)
+        for buffer, new in (
+            (self.row_pages, index.row_pages),
+            (self.cells_on_device, cut.cells_on_device),
+            (self.pages, cut.pages),
+        ):
+            buffer.fill_(-1 if buffer is self.cells_on_device else 0)
+            buffer[tuple(slice(size) for size in new.shape)] = new
 
 
 def _starts(slots: np.ndarray) -> np.ndarray:

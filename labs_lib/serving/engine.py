@@ -91,6 +91,7 @@ class Engine:
         queue_limit: waiting requests; one more is refused with QueueFull.
         patience: seconds after which the request that waits longest is not overtaken any more.
         op: how adapters are applied (`ops`); `auto` chooses by shape.
+        graphs: record decode steps and replay them: `on`, `off`, or `auto`, on CUDA only (`executor`).
         prefix_cache: share the keys and values of equal beginnings of prompts under the same adapter version.
         clock: seconds; a virtual one in the digital twin.
     """
@@ -110,6 +111,7 @@ class Engine:
         queue_limit: int = 256,
         patience: float = 2.0,
         op: str = "auto",
+        graphs: str = "auto",
         prefix_cache: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -136,7 +138,7 @@ class Engine:
         self.model, self.layout = model, layout
         pool = Pool(layout, slots, max_rank, kv_tokens, policy, dtype, model.device)
         self._setup(
-            ModelExecutor(model, layout, pool, op),
+            ModelExecutor(model, layout, pool, op, graphs, max_batch),
             pool,
             ThreadLoader(read),
             max_tokens=min(

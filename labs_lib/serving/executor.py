@@ -4,20 +4,30 @@ transformers' own forward runs; keys and values reach it through `Window`, which
 the batch's past, gathered from its pages into one tensor with every row right-aligned, so that the next token of
 every row falls into the same column. It is kept from step to step: who leaves frees a row, who joins gets one. New
 cells are also written back to their pages, which remain the one place where a sequence's past lives.
+
+On a GPU decode steps are recorded instead, and replayed (`static`); prefill, which is long and always of another
+shape, runs as above.
 """
 
 import copy
+import logging
 from collections.abc import Sequence as Rows
 
 import torch
 from transformers import PreTrainedModel
 
 from labs_lib.errors import LabsError
-from labs_lib.serving.batch import Index
+from labs_lib.serving.batch import Index, StaticIndex
+from labs_lib.serving.graphs import Beside, CaptureError
 from labs_lib.serving.layers import Step, install, uninstall
 from labs_lib.serving.layout import Layout
+from labs_lib.serving.ops import STATIC
 from labs_lib.serving.pool import Pool
+from labs_lib.serving.static import StaticDecoder
 
+log = logging.getLogger(__name__)
+
+GRAPHS = ("auto", "on", "off")
 SPARE = 16  # columns a window can grow by before it is gathered again; until then it may be so much too long
 
 
@@ -103,22 +113,46 @@ class ModelExecutor:
         model: a Llama-family causal language model; its linear layers are wrapped while the executor is open.
         pool: slots and KV pages on the model's device.
         op: how the adapters of a batch are applied (`ops.OPS`), or `auto`: by shape.
+        graphs: whether decode steps are static ones (`static`), recorded on CUDA: `on`, `off`, or `auto`: on CUDA, as
+            long as `op` can be recorded and recording works.
+        rows: that will run together at most.
     """
 
     keeps_order = False  # whether the window's rows must lie as `decode` is given them
 
-    def __init__(self, model: PreTrainedModel, layout: Layout, pool: Pool, op: str = "auto") -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layout: Layout,
+        pool: Pool,
+        op: str = "auto",
+        graphs: str = "auto",
+        rows: int = 32,
+    ) -> None:
         check_model(model)
-        self._attach(model, layout, pool)
+        if graphs == "on" and op not in ("auto", *STATIC):
+            raise LabsError(
+                f"op={op!r} makes shapes that depend on the batch, which cannot be recorded: use "
+                f"{' or '.join(STATIC)}, or graphs off."
+            )
+        self._attach(model, layout, pool, graphs if op in ("auto", *STATIC) else "off", rows)
         self.step = Step(pool.adapters.data, layout, op)
         install(model, self.step)
 
-    def _attach(self, model: PreTrainedModel, layout: Layout, pool: Pool) -> None:
+    def _attach(
+        self, model: PreTrainedModel, layout: Layout, pool: Pool, graphs: str = "off", rows: int = 32
+    ) -> None:
+        if graphs not in GRAPHS:
+            raise LabsError(f"graphs={graphs!r} is not known: {', '.join(GRAPHS)}.")
         self.model, self.layout, self.pool = model, layout, pool
         self.device, self.dtype = model.device, model.get_input_embeddings().weight.dtype
         self._window: Window | None = None
         self._batch: list = []  # the sequences in the window, by row
         self._index: Index | None = None  # of the batch
+        on_gpu = self.device.type == "cuda"
+        self.graphs = graphs
+        self._static = StaticDecoder(self, rows) if graphs == "on" or (graphs == "auto" and on_gpu) else None
+        self._beside = Beside(self.device) if self._static is not None and on_gpu else None
 
     def close(self) -> None:
         uninstall(self.model)
@@ -161,6 +195,14 @@ class ModelExecutor:
     @torch.inference_mode()
     def decode(self, rows: Rows) -> list[int]:
         """One more token for each sequence. The batch should come in slot order: neighbours share an adapter."""
+        if self._static is not None:
+            try:
+                return self._static.decode(rows)
+            except CaptureError as error:
+                if self.graphs == "on":
+                    raise
+                log.warning("%s From now on without.", error)
+                self._static = None
         if self._window is None or self._window.full or not self._join(rows):
             self._gather(rows)
         window, batch = self._window, self._batch
@@ -179,6 +221,8 @@ class ModelExecutor:
     def forget(self) -> None:
         """Drop the window: the next decode step gathers anew."""
         self._window, self._batch = None, []
+        if self._static is not None:
+            self._static.forget()
 
     def _gather(self, rows: Rows) -> None:
         """A new window for these sequences, in this order."""
@@ -248,12 +292,23 @@ class ModelExecutor:
             torch.tensor(slots), self.pool.table, contiguous=self.pool.contiguous, device=self.device
         )
 
+    def _gains_of(self, rows: Rows, tokens: int) -> torch.Tensor | None:
+        """The page with DoRA's gains for each of the forward pass's rows; None if none has any."""
+        if not any(row.slot.gain for row in rows):
+            return None
+        return self.pool.gain_page[[row.slot.number for row in rows for _ in range(tokens)]]
+
     def _use(self, index: Index | None, rows: Rows, tokens: int) -> None:
         """Tell the layers who uses what in the next forward pass, of `tokens` tokens for each of `rows`."""
-        self.step.index, self.step.gain_page = index, None
-        if any(row.slot.gain for row in rows):
-            slots = [row.slot.number for row in rows for _ in range(tokens)]
-            self.step.gain_page = self.pool.gain_page[slots].to(self.device)
+        gains = self._gains_of(rows, tokens)
+        self.apply(index, None if gains is None else gains.to(self.device))
+
+    def apply(
+        self, index: Index | StaticIndex | None, gain_page: torch.Tensor | None, recorded: bool = False
+    ) -> None:
+        """Hand the layers what they read; `recorded`: while a step is made that will be replayed."""
+        self.step.index, self.step.gain_page = index, gain_page
+        self.step.beside = self._beside if recorded else None
 
     def _forward(self, tokens, positions, seen: torch.Tensor, window: Window) -> torch.Tensor:
         """Logits (rows, vocabulary) of the last column. `seen` (rows, new, columns) says who may look where."""
@@ -269,7 +324,10 @@ class ModelExecutor:
         return out.logits[:, -1].float()
 
     def _sample(self, logits: torch.Tensor, rows: Rows) -> list[int]:
-        best = logits.argmax(-1).tolist()
+        return self.pick(logits.argmax(-1).tolist(), logits, rows)
+
+    def pick(self, best: list[int], logits: torch.Tensor, rows: Rows) -> list[int]:
+        """The next token of each row: the best one, or one that is drawn."""
         return [
             sample(logits[i], row.request.temperature, row.request.top_p, row.generator)
             if row.request.temperature > 0

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from labs_lib.errors import LabsError
-from labs_lib.serving.batch import Index
+from labs_lib.serving.batch import Index, StaticIndex
+from labs_lib.serving.graphs import Beside
 from labs_lib.serving.layout import Layout, LinearSpec
 from labs_lib.serving.ops import OPS, choose
 
@@ -18,10 +19,11 @@ class Step:
     pages: torch.Tensor  # the adapter arena (pages, width)
     layout: Layout
     op: str = "auto"
-    index: Index | None = None  # None: no row has an adapter, the base model runs alone
+    index: Index | StaticIndex | None = None  # None: no row has an adapter, the base model runs alone
     gain_page: torch.Tensor | None = (
         None  # (rows,) page with DoRA's gains for each row, None if no row has any
     )
+    beside: Beside | None = None  # set while a step is recorded: where A x is computed while W x is
 
 
 class MultiLoRALinear(nn.Module):
@@ -36,18 +38,31 @@ class MultiLoRALinear(nn.Module):
         self.base, self.spec, self.step = base, spec, step
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y, step, spec = self.base(x), self.step, self.spec
-        if step.index is None:
-            return y
-        rows, out = x.reshape(-1, spec.in_features), y.view(-1, spec.out_features)
-        b = step.layout.b(step.pages, spec)
+        step, spec, index = self.step, self.spec, self.step.index
+        if index is None:
+            return self.base(x)
+        rows = x.reshape(-1, spec.in_features)
+        a, b = step.layout.a(step.pages, spec), step.layout.b(step.pages, spec)
+        name = step.op
+        if name == "auto":
+            name = choose(index, rows, spec.in_features, spec.out_features)
+        halves = step.beside is not None and name == "sgmv"
+        if halves:
+            from labs_lib.serving import sgmv as kernels  # where there is Triton
+
+            with step.beside:
+                h = kernels.shrink(rows, a, index)
+        y = self.base(x)
+        out = y.view(-1, spec.out_features)
+        if halves:
+            step.beside.join()
         if step.gain_page is not None:
             gain = b[step.gain_page]  # gain - 1, so that page 0 leaves a row as it is
             out += gain * (out if self.base.bias is None else out - self.base.bias)
-        name = step.op
-        if name == "auto":
-            name = choose(step.index, rows, spec.in_features, spec.out_features)
-        OPS[name](rows, step.layout.a(step.pages, spec), b, step.index, out=out)
+        if halves:
+            kernels.expand(h, b, index, out)
+        else:
+            OPS[name](rows, a, b, index, out=out)
         return y
 
 

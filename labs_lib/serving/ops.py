@@ -138,6 +138,10 @@ def sgmv(x: Tensor, a: Tensor, b: Tensor, index: Index, out: Tensor | None = Non
 
 
 Op = Callable[..., Tensor]
+STATIC = (
+    "gather",
+    "sgmv",
+)  # those that a recorded step can use: shapes do not depend on who shares the batch
 OPS: dict[str, Op] = {op.__name__: op for op in (loop, gather, tiles, blocks, segments, grouped, sgmv)}
 
 
@@ -147,14 +151,21 @@ def fits_grouped(x: Tensor, outputs: int) -> bool:
     return size <= 4 and x.shape[1] * size % 16 == outputs * size % 16 == 0
 
 
+def fits_sgmv(x: Tensor) -> bool:
+    """The kernels run on CUDA, in single precision or less."""
+    return x.is_cuda and has_triton() and x.dtype != torch.float64
+
+
 def choose(index: Index, x: Tensor, inputs: int, outputs: int) -> str:
     """The name of the op that should be fastest for the batch x (T, in) on a layer of inputs -> outputs."""
     key = inputs, outputs, x.dtype, x.device.type
     if key not in index.choices:
-        if x.device.type == "cpu":
+        if index.static and not fits_sgmv(x):
+            index.choices[key] = "gather"
+        elif x.device.type == "cpu":
             cost = cpu_costs(index, inputs, outputs)
             index.choices[key] = min(cost, key=cost.get)
-        elif has_triton() and x.is_cuda and x.dtype != torch.float64:
+        elif fits_sgmv(x):
             index.choices[key] = "sgmv"  # two launches whatever the batch, and no copies
         else:  # launches are what costs: segments has two per adapter
             index.choices[key] = "segments" if index.adapters <= 2 else "tiles"

@@ -54,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy", choices=["separate", "unified"], default="separate", help="memory of adapters and KV"
     )
+    parser.add_argument(
+        "--graphs",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="record decode steps and replay them (default: auto, on a GPU)",
+    )
     parser.add_argument("--fairness", choices=["fcfs", "fair"], default="fcfs", help="who is next")
     parser.add_argument("--queue", type=int, default=256, help="requests that may wait (default: 256)")
     parser.add_argument("--inflight", type=int, default=32, help="requests of one tenant (default: 32)")
@@ -129,6 +135,7 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> None:
             host_bytes=args.host_mb << 20,
             policy=args.policy,
             fairness=args.fairness,
+            graphs=args.graphs,
             queue_limit=args.queue,
         ) as engine,
         Watch(

@@ -2,10 +2,13 @@
 
 The batch comes cut into tiles of rows that share an adapter (`batch.Tiles`). `_shrink` computes h = A x for one tile,
 `_expand` adds B h to its rows; both read an adapter's pages where they lie, one per rank, so nothing is gathered,
-sorted or padded in memory. Sums are float32 whatever the inputs are.
+sorted or padded in memory. Sums are float32 whatever the inputs are. A tile without rows is left at once: a recorded
+step has as many tiles as its largest batch needs.
 
 Few rows make few tiles, and a GPU with idle processors: then the shrink, whose sums are long, is split along `in`,
 each part writes its own h, and the expand adds the parts up in a fixed order, so the answer is the same every time.
+
+How large the pieces are changes nothing but the time: `tuning`.
 
 Source: Chen et al. 2023, "Punica: Multi-Tenant LoRA Serving", arXiv:2310.18547, section 4; the page table is that of
 Sheng et al. 2023, "S-LoRA", arXiv:2311.03285, section 5.1.
@@ -16,58 +19,60 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from labs_lib.serving.batch import Index
+from labs_lib.serving.batch import TILE, Index, StaticIndex, Tiles
+from labs_lib.serving.tuning import Expand, Shape, Shrink, pieces
 
-RANKS_TIMES_BLOCK = (
-    2048  # numbers of A or B that a program holds: what a small GPU (T4) has shared memory for
-)
-PROGRAMS = 128  # about as many as a large GPU has processors: below this, split the shrink
+LARGE_TILE = 64  # rows of a tile where an adapter has many: its pages are read fewer times
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _shrink(
     x, a, h, cells, pages,
-    R, K, span, x_step, a_step, split_step,
-    ROWS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    R, K, x_step, a_step, split_step,
+    ROWS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """h[split, row, :] = A[:, part] x[row, part] for the rows of one tile; `span` is the length of a part."""
+    """h[split, row, :] = A[:, part] x[row, part] for the rows of one tile; a part is STEPS blocks of K."""
     tile, split = tl.program_id(0), tl.program_id(1)
+    if tl.load(cells + tile * ROWS) < 0:  # no rows: tiles fill up from their first cell
+        return
     row = tl.load(cells + tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)  # -1: an empty cell
     rank = tl.arange(0, RANKS)
     page = tl.load(pages + tile * R + rank, mask=rank < R, other=0).to(tl.int64)  # 0: no such rank
-    k = split * span + tl.arange(0, BLOCK)
-    end = tl.minimum((split + 1) * span, K)
+    k = split * (STEPS * BLOCK) + tl.arange(0, BLOCK)
     total = tl.zeros((ROWS, RANKS), dtype=tl.float32)
-    for _ in range(0, span, BLOCK):
-        mask = (row[:, None] >= 0) & (k[None, :] < end)
+    for _ in range(STEPS):
+        mask = (row[:, None] >= 0) & (k[None, :] < K)
         left = tl.load(x + row[:, None] * x_step + k[None, :], mask=mask, other=0.0)
-        mask = (page[None, :] > 0) & (k[:, None] < end)
+        mask = (page[None, :] > 0) & (k[:, None] < K)
         right = tl.load(a + page[None, :] * a_step + k[:, None], mask=mask, other=0.0)
         total = tl.dot(left, right, total, input_precision="ieee")
         k += BLOCK
-    to = h + split * split_step + row[:, None] * RANKS + rank[None, :]
+    to = h + split.to(tl.int64) * split_step + row[:, None] * RANKS + rank[None, :]
     tl.store(to, total, mask=row[:, None] >= 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _expand(
     h, b, out, cells, pages,
-    R, N, splits, b_step, out_step, split_step,
-    ROWS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    R, N, b_step, out_step, split_step,
+    ROWS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[row, part] += B[part, :] h[row, :] for the rows of one tile and one part of the columns."""
     tile = tl.program_id(0)
+    if tl.load(cells + tile * ROWS) < 0:
+        return
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(cells + tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     rank = tl.arange(0, RANKS)
     page = tl.load(pages + tile * R + rank, mask=rank < R, other=0).to(tl.int64)
+    mask = (page[:, None] > 0) & (n[None, :] < N)  # B does not wait for h
+    right = tl.load(b + page[:, None] * b_step + n[None, :], mask=mask, other=0.0).to(tl.float32)
     left = tl.zeros((ROWS, RANKS), dtype=tl.float32)
-    for split in range(splits):
-        at = h + split * split_step + row[:, None] * RANKS + rank[None, :]
+    at = h + row[:, None] * RANKS + rank[None, :]
+    for _ in tl.static_range(SPLITS):  # unrolled: all loads are under way at once
         left += tl.load(at, mask=row[:, None] >= 0, other=0.0)
-    mask = (page[:, None] > 0) & (n[None, :] < N)
-    right = tl.load(b + page[:, None] * b_step + n[None, :], mask=mask, other=0.0)
-    delta = tl.dot(left, right.to(tl.float32), input_precision="ieee")
+        at += split_step
+    delta = tl.dot(left, right, input_precision=PRECISION)
     to = out + row[:, None] * out_step + n[None, :]
     mask = (row[:, None] >= 0) & (n[None, :] < N)
     delta += tl.load(to, mask=mask, other=0.0).to(tl.float32)
@@ -78,24 +83,47 @@ def sgmv(x: Tensor, a: Tensor, b: Tensor, index: Index, out: Tensor | None = Non
     """See `ops`: x (T, in), a (P, in), b (P, out) -> (T, out), or added to `out`. float32, float16 or bfloat16."""
     if out is None:
         out = x.new_zeros(len(x), b.shape[1])
-    # Tensor cores multiply at least 16 x 16. Larger tiles read an adapter fewer times; 16 keep single rows cheap.
-    ranks = max(16, triton.next_power_of_2(index.rank))
-    cut = index.tiles(64 if index.largest > 32 and ranks <= 64 else 16)
-    K, N = x.shape[1], b.shape[1]
-    block = max(32, RANKS_TIMES_BLOCK // ranks)  # numbers of a row at a time
-    splits = max(1, min(PROGRAMS // cut.count, triton.cdiv(K, 2 * block)))
-    span = triton.cdiv(triton.cdiv(K, splits), block) * block
-    splits = triton.cdiv(K, span)
+    return expand(shrink(x, a, index), b, index, out)
+
+
+def shrink(x: Tensor, a: Tensor, index: Index | StaticIndex, how: Shrink | None = None) -> Tensor:
+    """The first half: h (parts, T, ranks) float32, whose sum over the parts is A x; garbage for the base's rows."""
+    cut, ranks = _cut(index)
+    K = x.shape[1]
+    how = how or pieces(Shape("shrink", cut.rows, ranks, a.element_size(), cut.count, K), str(x.device))
+    splits = max(1, min(how.programs // cut.count, triton.cdiv(K, how.block)))
+    splits = 1 << splits.bit_length() - 1  # few numbers of parts: each is a kernel to compile
+    steps = triton.cdiv(triton.cdiv(K, splits), how.block)
+    splits = triton.cdiv(K, steps * how.block)
     h = torch.empty(splits, len(x), ranks, dtype=torch.float32, device=x.device)
     x = x if x.stride(1) == 1 else x.contiguous()
     _shrink[cut.count, splits](
         x, a, h, cut.cells_on_device, cut.pages,
-        index.rank, K, span, x.stride(0), a.stride(0), h.stride(0),
-        ROWS=cut.rows, RANKS=ranks, BLOCK=block,
+        index.rank, K, x.stride(0), a.stride(0), h.stride(0),
+        ROWS=cut.rows, RANKS=ranks, BLOCK=how.block, STEPS=steps,
+        num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
-    _expand[cut.count, triton.cdiv(N, block)](
+    return h
+
+
+def expand(
+    h: Tensor, b: Tensor, index: Index | StaticIndex, out: Tensor, how: Expand | None = None
+) -> Tensor:
+    """The second half: B h added to `out` (T, out) in place."""
+    cut, ranks = _cut(index)
+    N = b.shape[1]
+    how = how or pieces(Shape("expand", cut.rows, ranks, b.element_size(), cut.count, N), str(out.device))
+    # tf32 holds float16 and bfloat16 exactly, and h to 11 bits; the result is rounded to 11 or 8 bits anyway.
+    precision = "ieee" if b.dtype == torch.float32 else "tf32"
+    _expand[cut.count, triton.cdiv(N, how.block)](
         h, b, out, cut.cells_on_device, cut.pages,
-        index.rank, N, splits, b.stride(0), out.stride(0), h.stride(0),
-        ROWS=cut.rows, RANKS=ranks, BLOCK=block,
+        index.rank, N, b.stride(0), out.stride(0), h.stride(0),
+        ROWS=cut.rows, RANKS=ranks, BLOCK=how.block, SPLITS=len(h), PRECISION=precision, num_warps=how.warps,
     )  # fmt: skip
     return out
+
+
+def _cut(index: Index | StaticIndex) -> tuple[Tiles | StaticIndex, int]:
+    """The batch in tiles, and the ranks of a tile: matrix units multiply 16 x 16 at least."""
+    ranks = max(TILE, triton.next_power_of_2(index.rank))
+    return index.tiles(LARGE_TILE if index.largest > 32 and ranks <= 64 else TILE), ranks
