@@ -46,8 +46,18 @@ def _bench(target: str, *more: str) -> tuple[str, ...]:
 PLAN = (
     Step(
         "tests",
-        "the kernels and the engine give the right numbers on this card",
-        (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/serving", "tests/measure"),
+        "kernels, engine and every method give the right numbers on this card",
+        (
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "gpu",
+            "tests/serving",
+            "tests/measure",
+            "tests/training",
+        ),
         0.06,
     ),
     Step("kernels", "SGMV against the card's limits", _bench("kernels"), 0.1, "bench_kernels"),
