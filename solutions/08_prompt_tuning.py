@@ -162,7 +162,8 @@ batch = {key: value.to(lab.device) for key, value in batch.items()}
 # %%
 from torch.nn.functional import cross_entropy
 
-model = add_prompt(lab.base()[0], 20, "vocab", generator=torch.Generator().manual_seed(0), kind=PromptTuning)
+base32, draw = lab.exact_base()[0], torch.Generator().manual_seed(0)
+model = add_prompt(base32, 20, "vocab", generator=draw, kind=PromptTuning)
 with torch.no_grad():
     output = model(**batch)
 length = batch["labels"].shape[1]
@@ -185,7 +186,7 @@ from peft import PromptTuningConfig, get_peft_model
 from labs_lib.methods.lora import trainable_parameters
 
 config = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 20}
-theirs = get_peft_model(lab.base()[0], PromptTuningConfig(**config))
+theirs = get_peft_model(lab.exact_base()[0], PromptTuningConfig(**config))
 theirs.prompt_encoder["default"].embedding.weight.data.copy_(model.prompt)
 
 
@@ -208,7 +209,7 @@ pair = results(model), results(theirs)
 for what, mine in pair[0].items():
     difference = (mine - pair[1][what]).abs().max().item()
     print(f"{what:10s} differ by at most {difference:.0e} of {mine.abs().max().item():.2g}")
-    assert difference <= 1e-5 * max(1, mine.abs().max().item()) * torch.finfo(lab.dtype).eps / 1.2e-7, what
+    assert difference <= 1e-5 * max(1, mine.abs().max().item()), what
 
 # %% [markdown]
 # **The file, too**, both ways.
@@ -226,9 +227,9 @@ save_prompt(model, folder / "ours", base="shipped")
 theirs.save_pretrained(folder / "theirs")
 
 # %%
-there = PeftModel.from_pretrained(lab.base()[0], folder / "ours")
+there = PeftModel.from_pretrained(lab.exact_base()[0], folder / "ours")
 there = there.prompt_encoder["default"].embedding.weight
-back = load_prompt(lab.base()[0], folder / "theirs").prompt
+back = load_prompt(lab.exact_base()[0], folder / "theirs").prompt
 print("ours in PEFT, same bits:", torch.equal(there, model.prompt))
 print("PEFT's in ours, same bits:", torch.equal(back, trainable_parameters(theirs)[0]))
 print(f"{(folder / 'ours' / 'adapter_model.safetensors').stat().st_size:,} bytes on disk")
@@ -257,11 +258,11 @@ from labs_lib.measure import load_record, mean_ci, paired_difference
 RECORDS = {
     name: load_record(f"sweep_{name}") for name in ("bakeoff", "prompt", "prompt_tokens", "prompt_long")
 }
-FAMILY = {size: load_record(f"sweep_prompt_{size}") for size in ("tiny", "medium")}
+FAMILY = {size: load_record(f"sweep_prompt_{size}") for size in ("tiny", "medium", "large", "xlarge")}
 for each in (*RECORDS.values(), *FAMILY.values()):
     print(each)
 STYLE, LONG, REVIEWS, FACTS = "style", "style, 240 steps", "classification", "knowledge, 512 facts"
-PROMPT, FULL = "prompt 20", "full fine-tuning"
+PROMPT, FULL, FAR = "prompt 20", "full fine-tuning", "normal, 50 times the table"
 
 
 def rows_of(arm, task=STYLE, stage="final", among=None):
@@ -851,44 +852,51 @@ for name, start in against.items():
 # Five seeds of a lottery cannot tell a point. What they do say: nothing here speaks *for* the vocabulary at equal steps, and a
 # random start without a rate of its own is what fails.
 #
-# **Claim 25**: prompt tuning "is only competitive with very large models". The three bases are 64, 128 and 256 wide. Twenty
-# soft tokens and full fine-tuning, each tuned on each; and what each base makes of a written guide. (`tiny` is the weaker
-# writer to begin with. `small` and `medium` are equally competent, so that step is the clean one.)
+# **Claim 25**: prompt tuning "is only competitive with very large models". One family of bases, each twice as wide as the one
+# before. Twenty soft tokens from two starts and full fine-tuning, each tuned on each base; and what each makes of a written
+# guide. (`tiny`, the first, is the weaker writer to begin with. `small` and `medium` are equally competent, so that step is
+# the clean one.)
 #
 # **Predict**: by how much does the gap to full fine-tuning shrink when the width doubles?
 
 # %% tags=["hide-input"]
 import json
 
+from labs_lib.lab.plots import style as style_of
+from labs_lib.models import base as family
+
 BASES = {
     "tiny": [FAMILY["tiny"]],
-    "small": [RECORDS["bakeoff"]],
+    "small": [RECORDS["bakeoff"], RECORDS["prompt"]],
     "medium": [FAMILY["medium"]],
 }
-WIDTHS = {"tiny": 64, "small": 128, "medium": 256}
+BASES |= {size: [FAMILY[size]] for size in ("large", "xlarge") if FAMILY[size]}
+WIDTHS = [family.SIZES[size] for size in BASES]
 KEYS = {"rules kept": "compliance", "exact texts": "score"}
 GUIDED = {"rules kept": "style compliance, guide in prompt", "exact texts": "exact copy, guide in prompt"}
+DRAWN = {FULL: style_of("full"), PROMPT: style_of("prompt")}
+DRAWN[FAR] = style_of("prompt", linestyle="-", marker="o", label="prompt tuning, from afar")
 cells = {
     (what, size, arm): {row["seed"]: 100 * row[key] for row in rows_of(arm, among=records)}
     for what, key in KEYS.items()
     for size, records in BASES.items()
-    for arm in (PROMPT, FULL)
+    for arm in DRAWN
 }
-competence = {size: json.loads((base_folder(size) / "competence.json").read_text()) for size in BASES}
+cards = {size: base_folder(size) / "competence.json" for size in BASES}
+competence = {size: json.loads(card.read_text()) for size, card in cards.items() if card.is_file()}
 
 # %% tags=["hide-input"]
 fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.5), sharey=True)
 for ax, what in zip(axes, KEYS, strict=True):
-    guide = [100 * competence[size][GUIDED[what]]["mean"] for size in BASES]
-    ax.plot(WIDTHS.values(), guide, look("guide").linestyle, color=look("guide").color, label="a guide")
-    for arm in (FULL, PROMPT):
-        have = {size: list(cells[what, size, arm].values()) for size in BASES if cells[what, size, arm]}
-        drawn, widths = look(ARMS[arm]), [WIDTHS[size] for size in have]
-        shape = {"linestyle": drawn.linestyle, "marker": drawn.marker, "label": drawn.label}
-        ax.plot(widths, [np.mean(each) for each in have.values()], color=drawn.color, **shape)
-        for width, scores in zip(widths, have.values(), strict=True):
-            ax.plot([width] * len(scores), scores, ".", color=drawn.color, ms=4)
-    log_axis(ax, WIDTHS.values())
+    guide = {family.SIZES[size]: 100 * card[GUIDED[what]]["mean"] for size, card in competence.items()}
+    ax.plot(guide.keys(), guide.values(), look("guide").linestyle, color=look("guide").color, label="a guide")
+    for arm, drawn in DRAWN.items():
+        have = {family.SIZES[size]: list(cells[what, size, arm].values()) for size in BASES}
+        have = {width: scores for width, scores in have.items() if scores}
+        ax.plot(have.keys(), [np.mean(each) for each in have.values()], **drawn)
+        for width, scores in have.items():
+            ax.plot([width] * len(scores), scores, ".", color=drawn["color"], ms=3, alpha=0.5)
+    log_axis(ax, WIDTHS)
     ax.set_ylim(-2, 103)
     finding(ax, what, "width of the model", "held-out texts (%)" if ax is axes[0] else "")
 axes[1].legend(loc="upper left", fontsize=8)
@@ -899,28 +907,30 @@ if complete:
         ax.set_title(f"{what}: {', '.join(mean[what, size, PROMPT] for size in BASES)} %")
 show(
     fig,
-    alt=f"Rules kept and exact texts against the model's width of 64, 128 and 256, for prompt tuning, full fine-tuning and a guide in the prompt. Means in percent: { {' '.join(at): m for at, m in mean.items()} }.",
+    alt=f"Rules kept and exact texts against the model's width of {WIDTHS}, for prompt tuning from two starts, full fine-tuning and a guide in the prompt. Means in percent: { {' '.join(at): m for at, m in mean.items()} }.",
 )
 
 
 # %%
-def behind(what, size):
-    """Prompt tuning minus full fine-tuning in points, by seed."""
-    prompt, full = (cells[what, size, arm] for arm in (PROMPT, FULL))
-    return np.array([prompt[seed] - full[seed] for seed in (1, 2, 3)])
+def behind(what, size, arm):
+    """Prompt tuning minus full fine-tuning in points, over the seeds that every base has."""
+    runs = [cells[what, each, way] for each in BASES for way in (arm, FULL)]
+    seeds = sorted(set.intersection(*map(set, runs)))
+    return np.array([cells[what, size, arm][seed] - cells[what, size, FULL][seed] for seed in seeds])
 
 
 if complete:
-    doublings = np.log2(list(WIDTHS.values()))
-    slopes = np.polyfit(doublings, [behind("rules kept", size) for size in BASES], 1)[0]
-    last = {what: behind(what, "medium") - behind(what, "small") for what in KEYS}
-    trends = {"rules kept, three bases": slopes}
-    claim(25).observe(conditions=trends | {f"{what}, small to medium": each for what, each in last.items()})
-far_rows = rows_of("normal, 50 times the table")
-if far_rows and rows_of(FULL):
-    print(
-        f"small, from the far start: {difference(far_rows, rows_of(FULL))} points from full fine-tuning, exact texts"
-    )
+    trends = {}
+    for start, arm in (("from tokens", PROMPT), ("from afar", FAR)):
+        gaps = {what: [behind(what, size, arm) for size in BASES] for what in KEYS}
+        trends[f"rules kept, {start}, all bases"] = np.polyfit(np.log2(WIDTHS), gaps["rules kept"], 1)[0]
+        at = list(BASES).index("small")
+        trends |= {f"{what}, {start}, small to medium": gaps[what][at + 1] - gaps[what][at] for what in KEYS}
+        last = {what: f"{gaps[what][-1].mean():+.1f}" for what in KEYS}
+        print(
+            f"{start}, width {WIDTHS[-1]}: behind full fine-tuning by {last} points, {len(gaps['rules kept'][0])} seeds"
+        )
+    claim(25).observe(conditions=trends)
 
 # %% [markdown]
 # The means move the chapter's way, and three seeds that differ so much cannot settle it; the far start on every base would. The

@@ -10,6 +10,7 @@ from labs_lib.errors import LabsError
 
 MANIFEST = Path(__file__).with_name("manifest.yaml")
 MACHINES = {"cpu": "2 CPU cores", "t4": "T4", "h100": "H100"}
+YOUR_TIME = f"Your time in minutes, estimated: {' / '.join(MACHINES.values())}"
 CLONE = "peft-labs"  # the folder that a notebook clones into
 
 
@@ -69,7 +70,7 @@ class Manifest:
         outcomes = "\n".join(f"- {outcome}" for outcome in entry.outcomes)
         facts = {
             "Before this": ", ".join(self._prerequisite(p) for p in entry.prerequisites) or "nothing",
-            f"Minutes on {' / '.join(MACHINES.values())}": entry.times,
+            YOUR_TIME: entry.times,
             "In the chapter": _sections(entry.sections),
         }
         return (
@@ -132,7 +133,7 @@ class Manifest:
 
     def index(self, folder: str = "notebooks/") -> str:
         """The table of all labs; `folder` leads from the page to the notebooks."""
-        head = f"| Lab | Question | Minutes on {' / '.join(MACHINES.values())} |\n| :-- | :-- | :-- |\n"
+        head = f"| Lab | Question | {YOUR_TIME} |\n| :-- | :-- | :-- |\n"
         return head + "\n".join(
             f"| [{entry.number} {entry.title}]({folder}{entry.stem}.ipynb) | {entry.question} | {entry.times} |"
             for entry in self.labs
