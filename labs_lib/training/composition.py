@@ -419,38 +419,17 @@ def log_path(pair: str) -> Path:
 
 def run(pair: str, limit: int | None = None, seeds: int = SEEDS) -> Path | None:
     """Run what is missing; returns the record's path once all is there, None if `limit` came first."""
-    from tqdm.std import tqdm
-
     from labs_lib.measure.records import Record, save_record
+    from labs_lib.training.resume import run_points
 
-    log = log_path(pair)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-
-    def key(row: dict) -> tuple:
-        return tuple(row[part] for part in ("kind", "way", "stage", "lr", "seed"))
-
-    bar = tqdm(unit="run", ncols=90, desc=f"compose {pair}")
-    while True:
-        rows = {key(row): row for row in done}
-        plan = list(points(pair, done, seeds))
-        missing = [point for point in plan if key(point) not in rows]
-        bar.total = len(plan)
-        bar.update(len(plan) - len(missing) - bar.n)
-        if not missing or limit == 0:
-            break
-        for point in missing[:limit]:
-            done.append(run_point(point))
-            with log.open("a") as file:
-                file.write(json.dumps(done[-1]) + "\n")
-            bar.update()
-        limit = None if limit is None else limit - len(missing[:limit])
-    bar.close()
-    if missing:
+    rows = run_points(
+        log_path(pair), lambda done: points(pair, done, seeds), run_point, f"compose {pair}", limit
+    )
+    if rows is None:
         return None
     kinds = " or ".join(arm.name for arm in ARMS.values())
     note = f"Two adapters ({kinds}) trained apart and put together, small base: {PAIRS[pair].__doc__.splitlines()[0]}"
-    return save_record(Record(f"compose_{pair}", [rows[key(point)] for point in plan], note=note))
+    return save_record(Record(f"compose_{pair}", rows, note=note))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
