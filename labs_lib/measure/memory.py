@@ -8,11 +8,13 @@ CUDA's number contains.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -58,6 +60,33 @@ def peak_memory(function: Callable[[], Any], *holding: Any, device: str | torch.
     after = counter.now
     del result
     return Peak(before, counter.peak, after, exact=True)
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """While it lasts, attention on the meta device is one operator, as on every real device, and keeps no scores.
+
+    There torch would spell it out, and a count would hold (heads, length, length) scores that no device ever holds.
+    """
+    kept = F.scaled_dot_product_attention
+
+    def attention(
+        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    ):
+        if query.device.type != "meta":
+            return kept(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        if groups := enable_gqa and query.shape[1] // key.shape[1]:
+            key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = kept
 
 
 def _device_of(holding: tuple) -> torch.device:

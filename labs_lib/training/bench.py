@@ -117,9 +117,9 @@ def measure(arm: "BenchArm", plan: Plan, bases: Bases, checkpointing: bool = Fal
     except (LabsError, ValueError) as error:  # the method's own refusal, in its own words
         return {"refused": str(error)}
     except (RuntimeError, MemoryError) as error:
-        return (no_room(error, plan.device) or {"failed": _in_words(error)}) | held
+        return (no_room(error, plan.device) or {"failed": in_words(error)}) | held
     except Exception as error:  # one arm's bug is that arm's row: the others are still worth a card's time
-        return {"failed": _in_words(error)}
+        return {"failed": in_words(error)}
 
 
 def _measure(arm: "BenchArm", plan: Plan, bases: Bases, checkpointing: bool, held: dict) -> dict:
@@ -174,11 +174,11 @@ def timed(arm: "BenchArm", one: "Trainee", plan: Plan, bases: Bases, checkpointi
     from labs_lib.training.bench_arms import reference, trainee
 
     against = reference(arm)
-    once = _seconds_of(one.step, plan.device)
+    once = seconds_of(one.step, plan.device)
     row = {"against": against.name, "paired": True}
     try:
         other = trainee(against, bases.get(), one.batch, checkpointing)
-        once += (other.step(), _seconds_of(other.step, plan.device))[1]
+        once += (other.step(), seconds_of(other.step, plan.device))[1]
         steps = {"arm": one.step, "reference": other.step}
         found = time_ratios(steps, "reference", rounds=_rounds(plan, once), warmup=1, min_seconds=0.0)["arm"]
         ratio = found.ratio
@@ -206,7 +206,7 @@ def _rounds(plan: Plan, seconds: float) -> int:
     return max(plan.least, min(MOST, int(plan.seconds / max(seconds, 1e-9))))
 
 
-def _seconds_of(step, device: str) -> float:
+def seconds_of(step, device: str) -> float:
     import torch
 
     started = time.perf_counter()
@@ -232,7 +232,7 @@ def no_room(error: BaseException, device: str) -> dict:
     return {"out_of_memory": True, "asked_bytes": asked, "needed_bytes": held + asked}
 
 
-def _in_words(error: BaseException) -> str:
+def in_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
@@ -359,6 +359,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arms", default="", help="names, with semicolons (default: all)")
     parser.add_argument("--checkpointing", choices=["no", "yes", "both"], default="no", help="of activations")
     parser.add_argument(
+        "--seconds",
+        type=float,
+        default=Plan.seconds,
+        help="of turns per arm, 5 to 15 of them (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--count",
+        action="store_true",
+        help="measure nothing: count the bytes of a step without weights, for four model sizes, and record them",
+    )
+    parser.add_argument(
         "--minutes", type=float, default=math.inf, help="begin no arm after so long; the same call resumes"
     )
     parser.add_argument(
@@ -386,6 +397,11 @@ def device_and_dtype(args: argparse.Namespace) -> tuple[str, str]:
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.count:
+        from labs_lib.training.fits import record_counts
+
+        print(f"recorded in {record_counts()}")
+        return 0
     device, dtype = device_and_dtype(args)
     if min(args.rows, args.length) < 1 or args.minutes <= 0:
         raise LabsError("Rows, length and minutes are above 0.")
@@ -408,15 +424,10 @@ def main(args: argparse.Namespace) -> int:
     if not rows:
         raise LabsError("Nothing was measured in that time: give it more --minutes.")
     note = (
-        "peak of one step alone on the device; time in turns with LoRA; the twin's weights are random numbers"
+        "peak of one step alone on the device; time in turns with LoRA; a twin's weights are random numbers"
     )
-    save(
-        "bench_training",
-        rows,
-        plan,
-        note + ("" if complete else f"; stopped after {len(rows)} arms") + (", quick" if args.quick else ""),
-        before,
-    )
+    note += ("" if complete else f"; stopped after {len(rows)} rows") + (", quick" if args.quick else "")
+    save("bench_training", rows, plan, note, before)
     if complete:
         log.unlink()
     return 1 if any("failed" in row for row in rows) else 0

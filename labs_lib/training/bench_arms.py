@@ -30,7 +30,7 @@ class BenchArm:
 
     Attributes:
         arm: the method, as in a sweep.
-        by: "ours", or "peft" for PEFT's own LoRA and DoRA.
+        by: "ours"; "peft" for PEFT's own LoRA and DoRA; "by hand" for QLoRA without bitsandbytes.
         update: "step" after backward; "backward": parameter by parameter within it (methods.galore.update_in_backward).
         eight_bit: GaLore's states in 8 bits (training.galore.FixedGaLoreAdamW8bit).
         packed: the base is held in 4 bits.
@@ -181,19 +181,13 @@ def trainee(arm: BenchArm, base: "nn.Module", batch: dict, checkpointing: bool =
 
     if arm.autocast and batch["input_ids"].device.type == "meta":
         raise LabsError("Autocast has no meaning on the meta device: count without it.")
-    adapted = _adapt(arm, share(base))
-    model = adapted.model.train()
+    made = _made(arm, base)
+    model = made.model.train()
     device = batch["input_ids"].device
-    if not arm.touches_base:
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn_like(parameter), alpha=NOISE)
     if checkpointing:
-        inner = model.base if isinstance(getattr(model, "base", None), torch.nn.Module) else model
-        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizers, within_backward = _optimizers(arm, model, adapted)
-    callbacks = adapted.callbacks if device.type != "meta" else []  # they look at numbers
+        _checkpoint(model.base if isinstance(getattr(model, "base", None), torch.nn.Module) else model)
+    optimizers, within_backward = _optimizers(arm, model, made)
+    callbacks = made.callbacks if device.type != "meta" else []  # they look at numbers
     count, seen = itertools.count(), {}
 
     def step() -> None:
@@ -214,10 +208,41 @@ def trainee(arm: BenchArm, base: "nn.Module", batch: dict, checkpointing: bool =
     return Trainee(model, optimizers, batch, step, lambda: float(seen["loss"]))
 
 
+def adapted(arm: BenchArm, base: "nn.Module") -> "nn.Module":
+    """`base` with the arm's adapter, all of whose numbers are random; the base's modules stay as they are."""
+    return _made(arm, base).model
+
+
+def _made(arm: BenchArm, base: "nn.Module") -> Adapted:
+    import torch
+
+    made = _adapt(arm, share(base))
+    if not arm.touches_base:
+        with torch.no_grad():
+            for parameter in made.model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter), alpha=NOISE)
+    return made
+
+
+def _checkpoint(model: "nn.Module") -> None:
+    """Compute activations twice instead of keeping them; the method is called otherwise in newer transformers."""
+    settings = {
+        "use_reentrant": False
+    }  # the other kind wants inputs that require gradients: a frozen base has none
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+
 def _adapt(arm: BenchArm, view: "nn.Module") -> Adapted:
     """The method's own way to make a model trainable, or PEFT's."""
     from labs_lib.methods.lora import inject_lora
+    from labs_lib.methods.qlora import inject_qlora
 
+    if arm.by == "by hand":
+        return Adapted(inject_qlora(view, arm.arm.targets, arm.arm.rank, arm.arm.alpha))
     if arm.by == "ours" and arm.dropout and arm.arm.method == "lora":
         return Adapted(inject_lora(view, arm.arm.targets, arm.arm.rank, arm.arm.alpha, arm.dropout))
     if arm.by == "ours":
@@ -235,7 +260,7 @@ def _adapt(arm: BenchArm, view: "nn.Module") -> Adapted:
     return Adapted(get_peft_model(view, config))
 
 
-def _optimizers(arm: BenchArm, model: "nn.Module", adapted) -> tuple[list, bool]:
+def _optimizers(arm: BenchArm, model: "nn.Module", made: Adapted) -> tuple[list, bool]:
     """The arm's optimisers, and whether they step within backward()."""
     import torch
 
@@ -243,11 +268,13 @@ def _optimizers(arm: BenchArm, model: "nn.Module", adapted) -> tuple[list, bool]
 
     if arm.arm.method != "galore":
         trained = [each for each in model.parameters() if each.requires_grad]
-        made = adapted.optimizer(RATE) if adapted.optimizer else torch.optim.AdamW(trained, lr=RATE)
-        if isinstance(made, torch.optim.AdamW) and trained[0].is_cuda:
-            for group in made.param_groups:  # the Trainer's default on a GPU: no temporary copy of all states
+        optimizer = made.optimizer(RATE) if made.optimizer else torch.optim.AdamW(trained, lr=RATE)
+        if isinstance(optimizer, torch.optim.AdamW) and trained[0].is_cuda:
+            for (
+                group
+            ) in optimizer.param_groups:  # the Trainer's default on a GPU: no temporary copy of all states
                 group["fused"] = True
-        return [made], False
+        return [optimizer], False
     if arm.eight_bit:
         from labs_lib.training.galore import FixedGaLoreAdamW8bit
     kind = FixedGaLoreAdamW8bit if arm.eight_bit else GaLoreAdamW

@@ -186,8 +186,10 @@ def twin_costs(arm: Arm, twin: "PreTrainedModel", rows: int = 1, length: int = 5
     """
     import torch
 
+    from labs_lib.measure.memory import fused_attention
+
     model = copy.deepcopy(twin)
-    with torch.device("meta"):
+    with torch.device("meta"), fused_attention():
         ids = torch.zeros((rows, length), dtype=torch.long)
         adapted = METHODS[arm.method](model, arm, 0, 60)
         return training_costs(adapted, {"input_ids": ids, "labels": ids})
