@@ -106,7 +106,7 @@ def provenance(device: str | None = None, **extra: Any) -> dict[str, Any]:
     now = context.current()
     return {
         "device": device_slug(device),
-        "machine": machine(),
+        "machine": machine() + gpu(device),
         "run": _RUN,
         "lab": now.lab,
         "profile": now.profile,
@@ -141,6 +141,17 @@ def machine() -> str:
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
         model = found.group(1) if found else model
     return f"{platform.system()}, {model.strip()}, {os.cpu_count()} cores"
+
+
+def gpu(device: str | None = None) -> str:
+    """ ", NVIDIA H100 80GB HBM3, 79 GiB, CUDA 12.8" for what is measured on one; "" on the CPU."""
+    device = device or context.current().device or "cpu"
+    if not device.startswith("cuda"):
+        return ""
+    import torch
+
+    card = torch.cuda.get_device_properties(device)
+    return f", {card.name}, {card.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
 
 
 def command() -> str:

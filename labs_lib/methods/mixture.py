@@ -84,7 +84,11 @@ class Gate(nn.Module):
         self.top_k, self.weights, self.fixed = top_k, None, None
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        self.weights = gate_weights(self.router(h), self.top_k) if self.fixed is None else self.fixed.to(h)
+        own = self.router.weight
+        if self.fixed is None:
+            self.weights = gate_weights(self.router(h.to(own.dtype)), self.top_k)
+        else:
+            self.weights = self.fixed.to(own)
         return self.weights
 
 
@@ -92,21 +96,22 @@ class MixtureLinear(nn.Module):
     """A frozen linear layer with frozen LoRA experts, weighted by a gate that it shares with others.
 
     A is (experts, rank, in), B (experts, out, rank), its scale included; experts of a smaller rank are filled up with
-    zeros.
+    zeros. The sum over the experts is taken in their dtype, float32 as a rule, whatever the base's is.
     """
 
     def __init__(self, base: nn.Linear, A: torch.Tensor, B: torch.Tensor, gate: Gate) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.register_buffer("A", A)
-        self.register_buffer("B", B)
+        self.register_buffer("A", A.to(base.weight.device))
+        self.register_buffer("B", B.to(base.weight.device))
         self.__dict__["gate"] = gate  # not a submodule: the block owns it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)
         if self.gate.weights is None:
             return y
-        return y + mixture_delta(x, self.A, self.B, self.gate.weights)
+        weights = self.gate.weights.to(self.A.dtype)
+        return (y + mixture_delta(x.to(self.A.dtype), self.A, self.B, weights)).to(y.dtype)
 
 
 def stack_experts(
@@ -156,8 +161,9 @@ def inject_mixture(
         inside = [name for name in names if name.startswith(f"{blocks}.{index}.")]
         if not inside:
             continue
-        width = next(part for part in block.modules() if isinstance(part, nn.Linear)).in_features
-        block.gate = Gate(width, len(experts), top_k)
+        first = next(part for part in block.modules() if isinstance(part, nn.Linear))
+        gate = Gate(first.in_features, len(experts), top_k)
+        block.gate = gate.to(first.weight.device, torch.promote_types(first.weight.dtype, torch.float32))
         block.register_forward_pre_hook(_ask_gate, with_kwargs=True)
         for name in inside:
             factors = [

@@ -60,17 +60,18 @@ def describe(
 ) -> list[Design]:
     """What the methods on `model` do to its hidden states: one Design for each kind of change.
 
-    The model is copied and stays as it is. In the copy, float64, every trained number gets some `noise`, because a
-    fresh adapter does nothing. `input_ids` (rows, length) is any text; to see the width of virtual tokens it needs more
-    tokens than that. Known are wrappers around a module (`base`), be it a linear layer or a whole sub-layer, and
-    wrappers around the model that add virtual tokens.
+    The model is copied and stays as it is. In the copy, in float64 on the CPU, every trained number gets some `noise`,
+    because a fresh adapter does nothing. `input_ids` (rows, length) is any text; to see the width of virtual tokens it
+    needs more tokens than that. Known are wrappers around a module (`base`), be it a linear layer or a whole sub-layer,
+    and wrappers around the model that add virtual tokens.
 
     Steps:
     1. Virtual tokens, if the model itself is wrapped: `_virtual`.
     2. The wrapped modules, one of each kind (the last block's): what they read, from one run of the model; `_measure`.
     3. Kinds with equal answers make one row.
     """
-    model = copy.deepcopy(model).double().eval()
+    model = copy.deepcopy(model).to("cpu", torch.float64).eval()  # the noise is drawn there
+    input_ids = input_ids.cpu()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from labs_lib.errors import LabsError
+from labs_lib.models.room import check_device, check_room
 from labs_lib.paths import data
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def load_base(
         LabsError: a name that is neither, a model that does not fit into memory, or a shipped file that is missing or
             changed. A hub id that cannot be fetched falls back to the shipped base and says so.
     """
+    check_device(device)
     if name in SIZES:
         return _load(verified(name), dtype, device, quantise)
     if Path(name).is_dir():
@@ -131,8 +133,6 @@ def _load_foreign(source: Path | str, dtype, device: str, quantise: str | None):
     """A model that is not of the family: of any size, so that it is asked first whether it fits."""
     import torch
 
-    from labs_lib.models.room import check_room
-
     check_room(source, dtype or torch.float32, device, quantise)
     return _load(source, dtype, device, quantise)
 
@@ -158,7 +158,7 @@ def _load(source: Path | str, dtype, device: str, quantise: str | None):
     if quantise is None:
         model = model.to(device)
     for module in model.modules() if quantise == "nf4" else ():
-        # bitsandbytes 0.50 on CPUs with AVX512-BF16 would take a kernel of its own in eval mode, and repack the weights for
+        # bitsandbytes 0.50 on CPUs with AVX512-BF16 would take another kernel in eval mode, and repack the weights for
         # it in place, which breaks merging and training afterwards: not here.
         module.support_avx512bf16_for_cpu = False
     return model.eval(), tokenizer

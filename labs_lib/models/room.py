@@ -34,6 +34,21 @@ def weight_bytes(source: Path | str, dtype: "torch.dtype", quantise: str | None 
     return round(rest * dtype.itemsize + packed * PACKED.get(quantise or "", dtype.itemsize))
 
 
+def check_device(device: str) -> None:
+    """Raise LabsError if torch knows no such device, or sees none of its kind here."""
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise LabsError(f"There is no device {device!r}: cpu, cuda, or cuda:1 for a second GPU.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise LabsError(
+            f"Device {device!r} was asked for, and torch sees no GPU here: use cpu, or install a CUDA build of torch "
+            "(`labs doctor` says what there is)."
+        )
+
+
 def free_bytes(device: str) -> int:
     """Memory that can be had now, on a GPU or on this machine."""
     if device.startswith("cuda"):

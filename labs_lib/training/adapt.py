@@ -140,7 +140,7 @@ def damage(model, block: int, size: float, rank: int, seed: int) -> None:
             weight = module.weight.data
             wide = torch.randn(rank, weight.shape[1], generator=generator)
             noise = torch.randn(weight.shape[0], rank, generator=generator) @ wide
-            weight += size * weight.norm() / noise.norm() * noise
+            weight += (size * weight.norm().cpu() / noise.norm() * noise).to(weight)
 
 
 def qlora(model, arm: "Arm", seed: int, steps: int) -> Adapted:
@@ -167,7 +167,7 @@ def qlora(model, arm: "Arm", seed: int, steps: int) -> Adapted:
 
 
 def unpacked(model):
-    """Plain float32 layers in place of bitsandbytes' 4-bit ones, with the very values that those compute with."""
+    """Plain layers in place of bitsandbytes' 4-bit ones, with the very values and in the dtype that those compute with."""
     import torch
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
@@ -176,7 +176,7 @@ def unpacked(model):
 
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear4bit):
-            weight = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+            weight = dequantize_4bit(module.weight.data, module.weight.quant_state).to(module.compute_dtype)
             linear = torch.nn.Linear(*reversed(weight.shape), bias=False, device=weight.device)
             linear.weight = torch.nn.Parameter(weight, requires_grad=False)
             replace(model, name, linear)

@@ -10,7 +10,9 @@ early, every arm has equally many.
 import argparse
 from pathlib import Path
 
-from labs_lib.training.sweep import run_sweep
+from labs_lib.errors import LabsError
+from labs_lib.models.room import check_device
+from labs_lib.training.sweep import add_run_arguments, run_sweep
 from labs_lib.training.sweeps import TENANT, Arm, Sweep, Task
 
 #: Knowledge at three sizes (0.2, 0.8 and 3.1 kbit). Retention is what is left of old facts after each of these tasks.
@@ -136,16 +138,19 @@ def record_costs() -> Path:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-j", "--jobs", type=int, default=1, help="runs side by side (default: %(default)s)")
-    parser.add_argument(
-        "--limit", type=int, default=None, help="stop after so many runs; the next call goes on"
-    )
+    add_run_arguments(parser)
     parser.add_argument(
         "--costs", action="store_true", help="count what each method costs instead of training"
     )
 
 
 def main(args: argparse.Namespace) -> int:
-    path = record_costs() if args.costs else run_sweep(BAKEOFF, args.jobs, args.limit)
+    check_device(args.device)
+    if args.costs:
+        if args.device != "cpu":
+            raise LabsError("--costs are counted, not timed, and the same on every device: leave --device out.")
+        path = record_costs()
+    else:
+        path = run_sweep(BAKEOFF, args.jobs, args.limit, args.device, args.seeds)
     print(f"recorded in {path}" if path else "stopped early; run the same command to go on")
     return 0

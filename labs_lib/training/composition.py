@@ -208,12 +208,14 @@ def train(
     optimizer = torch.optim.AdamW(trainable_parameters(model), lr=lr, weight_decay=0.0)
     warmup = max(1, round(0.06 * steps))
     model.train()
+    device = next(model.parameters()).device
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(step / warmup, (steps - step) / max(1, steps - warmup))
         optimizer.zero_grad()
         for draw in draws:
-            loss = model(**collate(next(draw), tokenizer.pad_token_id)).loss
+            batch = collate(next(draw), tokenizer.pad_token_id)
+            loss = model(**{key: value.to(device) for key, value in batch.items()}).loss
             (loss + penalty() if penalty else loss).backward()
         torch.nn.utils.clip_grad_norm_(trainable_parameters(model), 1.0)
         optimizer.step()

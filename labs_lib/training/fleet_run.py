@@ -241,11 +241,18 @@ def publish(rows: Sequence[dict], folder: Path, registry, note: str) -> dict[str
 
 
 def step_costs(
-    size: str, recipe: Recipe, batches: Sequence[int] = (1, 4, 16), together: int = TOGETHER, rounds: int = 3
+    size: str,
+    recipe: Recipe,
+    batches: Sequence[int] = (1, 4, 16),
+    together: int = TOGETHER,
+    rounds: int = 3,
+    device: str = "cpu",
 ) -> list[dict]:
-    """CPU milliseconds of a training step per tenant, by rows per tenant: `fit`, a fleet of one, a fleet of many.
+    """Milliseconds of a training step per tenant, by rows per tenant: `fit`, a fleet of one, a fleet of many.
 
-    The arms take turns, so that a busy machine slows all of them alike; a run's first step does not count.
+    They are this process' CPU time (`cpu_ms_per_tenant`); on a GPU, which works by itself, they are the clock's
+    (`ms_per_tenant`). The arms take turns, so that a busy machine slows all of them alike; a run's first step does not
+    count.
     """
     from statistics import median
 
@@ -255,28 +262,30 @@ def step_costs(
 
     slugs = [tenant.slug for tenant in load_tenants()][:together]
     own = {slug: load_task("style", tenant=slug)["train"][:] for slug in slugs}
-    model, tokenizer = load_base(size)
+    model, tokenizer = load_base(size, device=device)
+    on_cpu = device == "cpu"
+    now, unit = (time.process_time, "cpu_ms_per_tenant") if on_cpu else (time.perf_counter, "ms_per_tenant")
     found: dict[tuple[int, str], list[float]] = {}
     for _ in range(rounds):
         for rows in batches:
             short = replace(recipe, steps=3, batch=rows)
-            stamps = [time.process_time()]
-            _fit_alone(size, own[slugs[0]], short, stamps)
+            stamps = [now()]
+            _fit_alone(size, own[slugs[0]], short, lambda s=stamps: s.append(now()), device)
             found.setdefault((rows, "fit"), []).append((stamps[-1] - stamps[1]) / (len(stamps) - 2))
             for count in (1, together):
                 stamps = []
                 data = {slug: own[slug] for slug in slugs[:count]}
-                train(model, tokenizer, data, short, watch=lambda *_, s=stamps: s.append(time.process_time()))
+                train(model, tokenizer, data, short, watch=lambda *_, s=stamps: s.append(now()))
                 seconds = (stamps[-1] - stamps[0]) / (len(stamps) - 1) / count
                 found.setdefault((rows, f"fleet of {count}"), []).append(seconds)
     return [
-        {"rows": rows, "arm": arm, "cpu_ms_per_tenant": 1e3 * median(times), "rounds": rounds}
+        {"rows": rows, "arm": arm, unit: 1e3 * median(times), "rounds": rounds}
         for (rows, arm), times in found.items()
     ]
 
 
-def _fit_alone(size: str, data: dict, recipe: Recipe, stamps: list[float]) -> None:
-    """One tenant by `fit`; the CPU time after each step goes into `stamps`."""
+def _fit_alone(size: str, data: dict, recipe: Recipe, stamp: Callable[[], None], device: str) -> None:
+    """One tenant by `fit`; `stamp` is called after each step."""
     from transformers import TrainerCallback
 
     from labs_lib.methods.lora import inject_lora
@@ -285,9 +294,9 @@ def _fit_alone(size: str, data: dict, recipe: Recipe, stamps: list[float]) -> No
 
     class Stamp(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            stamps.append(time.process_time())
+            stamp()
 
-    model, tokenizer = load_base(size)
+    model, tokenizer = load_base(size, device=device)
     inject_lora(model, "all-linear", recipe.rank, recipe.alpha)
     settings = {"steps": recipe.steps, "batch_size": recipe.batch, "lr": recipe.lr, "seed": recipe.seed}
     fit(model, tokenizer, data, progress=False, callbacks=[Stamp()], **settings)
@@ -348,19 +357,20 @@ def main(args: argparse.Namespace) -> int:
         print("stopped early; run the same command to go on")
         return 0
     if args.record:
-        print(f"recorded in {_record(rows, recipe, args.base)}")
+        print(f"recorded in {_record(rows, recipe, args.base, args.device)}")
     if args.publish:
         _publish(rows, folder, args)
     return 0 if len(passed) == len(rows) else 1
 
 
-def _record(rows: list[dict], recipe: Recipe, size: str) -> Path:
+def _record(rows: list[dict], recipe: Recipe, size: str, device: str) -> Path:
     from labs_lib.measure.records import Record, save_record
 
     found = [{"section": "tenant", **row} for row in rows]
-    found += [{"section": "step", **row} for row in step_costs(size, recipe)]
+    found += [{"section": "step", **row} for row in step_costs(size, recipe, device=device)]
     note = "All tenants' adapters, many in a batch; CPU seconds on one thread. Gate on validation, report on test."
-    return save_record(Record("fleet", found, note, {"recipe": recipe.to_dict(), "model": size}))
+    record = Record("fleet", found, note, {"recipe": recipe.to_dict(), "model": size})
+    return save_record(record, device=device)
 
 
 def _publish(rows: list[dict], folder: Path, args: argparse.Namespace) -> None:

@@ -46,7 +46,7 @@ def merged_model(model: "PreTrainedModel", way: str) -> "PreTrainedModel":
     from labs_lib.methods.lora import lora_layers
     from labs_lib.models.base import load_base
 
-    merged, _ = load_base(model.name_or_path)
+    merged, _ = load_base(model.name_or_path, device=str(model.device))
     with torch.no_grad():
         for name, layer in lora_layers(model).items():
             weight = merged.get_submodule(name).weight

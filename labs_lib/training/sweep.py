@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from multiprocessing import get_context
@@ -20,6 +21,7 @@ from statistics import fmean
 
 from labs_lib.errors import LabsError
 from labs_lib.models.base import verified
+from labs_lib.models.room import check_device
 from labs_lib.paths import cache
 from labs_lib.training.adapt import METHODS
 from labs_lib.training.sweeps import SWEEPS, Arm, Sweep
@@ -62,8 +64,8 @@ def evaluate(model, tokenizer, task: str, tenant: str | None, rows) -> dict[str,
     return scores
 
 
-def run_point(point: dict, size: str = "small", progress: bool = False) -> dict:
-    """Train and evaluate one point (as `points` makes them) on any base that `load_base` knows.
+def run_point(point: dict, size: str = "small", device: str = "cpu") -> dict:
+    """Train and evaluate one point (as `points` makes them) on any base that `load_base` knows, in float32.
 
     Returns:
         The point with its measurements.
@@ -74,9 +76,9 @@ def run_point(point: dict, size: str = "small", progress: bool = False) -> dict:
 
     arm = Arm(**point["arm"])
     started, worked = time.perf_counter(), time.process_time()
-    model, tokenizer = load_base(size, quantise=arm.quantise)
+    model, tokenizer = load_base(size, device=device, quantise=arm.quantise)
     if arm.options.get("fresh"):
-        model = fresh_base(size, point["seed"])
+        model = fresh_base(size, point["seed"]).to(device)
     data = load_task(point["task"], tenant=point.get("tenant"), facts=point.get("facts", 1024))
     adapted = METHODS[arm.method](model, arm, point["seed"], point["steps"])
     model = adapted.model
@@ -95,7 +97,7 @@ def run_point(point: dict, size: str = "small", progress: bool = False) -> dict:
             seed=point["seed"],
             optimizer=adapted.optimizer and adapted.optimizer(point["lr"]),
             callbacks=adapted.callbacks + ([held_out] if held_out else []),
-            progress=progress,
+            progress=False,
         )
         measured = {"loss": run.final_loss, "params": run.trainable_parameters} | adapted.finish()
         if held_out:
@@ -220,16 +222,22 @@ def _key(point: dict) -> str:
     return json.dumps([point["arm"]["name"], point["label"], point["stage"], point["lr"], point["seed"]])
 
 
-def log_path(sweep: Sweep) -> Path:
-    """Where a sweep's finished points are kept; another definition or another base model has another file."""
+def log_path(sweep: Sweep, device: str = "cpu") -> Path:
+    """Where a sweep's finished points are kept; another definition, base model or kind of device has another file."""
+    from labs_lib.measure.records import device_slug
+
     base = hashlib.sha256((verified(sweep.size) / "model.safetensors").read_bytes()).hexdigest()
     settings = json.dumps([sweep.to_dict(), base], sort_keys=True)
-    return cache() / "sweeps" / f"{sweep.name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.jsonl"
+    name = sweep.name if device == "cpu" else f"{device_slug(device)}.{sweep.name}"
+    return cache() / "sweeps" / f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.jsonl"
 
 
-def run_sweep(sweep: Sweep, jobs: int = 1, limit: int | None = None) -> Path | None:
+def run_sweep(
+    sweep: Sweep, jobs: int = 1, limit: int | None = None, device: str = "cpu", seeds: int | None = None
+) -> Path | None:
     """Run what is missing of a sweep; returns the record's path once it is complete, None if `limit` came first.
 
+    `device` is where all runs go, and whose record it is. With `seeds`, every arm gets at least so many fresh ones.
     Seed by seed: when it is stopped early, all arms have got equally far.
 
     Rows of the log that the sweep does not ask for, or no longer, are left out of the record.
@@ -238,7 +246,10 @@ def run_sweep(sweep: Sweep, jobs: int = 1, limit: int | None = None) -> Path | N
 
     from labs_lib.measure.records import Record, save_record
 
-    log = log_path(sweep)
+    if seeds:
+        more = sweep.more | {("*", "*"): sweep.seeds}
+        sweep = replace(sweep, more={key: max(number, seeds) for key, number in more.items()})
+    log = log_path(sweep, device)
     log.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     total = sum(len(sweep.fresh_seeds(arm.name, task.label)) for arm in sweep.arms for task in sweep.tasks)
@@ -253,7 +264,7 @@ def run_sweep(sweep: Sweep, jobs: int = 1, limit: int | None = None) -> Path | N
         if not missing or limit == 0:
             break
         todo = [p for p in missing if p["seed"] == min(p["seed"] for p in missing)][:limit]
-        for row in _results(todo, sweep.size, jobs):
+        for row in _results(todo, sweep.size, jobs, device):
             done.append(row)
             with log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -262,16 +273,17 @@ def run_sweep(sweep: Sweep, jobs: int = 1, limit: int | None = None) -> Path | N
     bar.close()
     if missing:
         return None
-    return save_record(Record(f"sweep_{sweep.name}", [rows[key] for key in plan], note=sweep.note))
+    record = Record(f"sweep_{sweep.name}", [rows[key] for key in plan], note=sweep.note)
+    return save_record(record, device=device)
 
 
-def _results(todo: list[dict], size: str, jobs: int) -> Iterator[dict]:
+def _results(todo: list[dict], size: str, jobs: int, device: str) -> Iterator[dict]:
     """Rows of the points, as they get ready: in this process, or in `jobs` processes side by side."""
     if jobs == 1:
-        yield from (run_point(point, size) for point in todo)
+        yield from (run_point(point, size, device) for point in todo)
         return
     with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_one_share, initargs=(jobs,)) as pool:
-        for future in as_completed([pool.submit(run_point, point, size) for point in todo]):
+        for future in as_completed([pool.submit(run_point, point, size, device) for point in todo]):
             yield future.result()
 
 
@@ -286,13 +298,23 @@ def _one_share(jobs: int) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=SWEEPS, help="which sweep")
+    add_run_arguments(parser)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a sweep is run, whichever it is: shared with `labs bakeoff`."""
     parser.add_argument("-j", "--jobs", type=int, default=1, help="runs side by side (default: %(default)s)")
     parser.add_argument(
         "--limit", type=int, default=None, help="stop after so many runs; the next call goes on"
     )
+    parser.add_argument(
+        "--device", default="cpu", help="where all runs go; each device has its own record (default: cpu)"
+    )
+    parser.add_argument("--seeds", type=int, help="at least so many fresh seeds for every arm")
 
 
 def main(args: argparse.Namespace) -> int:
-    path = run_sweep(SWEEPS[args.name], args.jobs, args.limit)
+    check_device(args.device)
+    path = run_sweep(SWEEPS[args.name], args.jobs, args.limit, args.device, args.seeds)
     print(f"recorded in {path}" if path else "stopped early; run the same command to go on")
     return 0

@@ -17,7 +17,15 @@ from .tags import CPU, DEVICE, calling, calls, copied, moved, storage, tag, tagg
 T = torch.Tensor
 _draws = count()
 # Operators that may take tensors of both devices, whatever their shapes.
-CROSSING = {"copy_", "_to_copy", "set_", "_foreach_copy_", "lift", "lift_fresh"}
+CROSSING = {
+    "copy_",
+    "_to_copy",
+    "set_",
+    "_has_compatible_shallow_copy_type",
+    "_foreach_copy_",
+    "lift",
+    "lift_fresh",
+}
 # Operators that are not pointwise and still take a CPU tensor without dimensions, as a number.
 TAKES_NUMBERS = {
     "fill_", "fill", "masked_fill", "masked_fill_", "where", "index_fill", "index_fill_", "index_put", "index_put_",

@@ -118,7 +118,7 @@ def test_seed_by_seed(monkeypatch):
     """Stopped early, the arms have got equally far: nobody's second seed before everybody's first."""
     ran = []
 
-    def fake(point, size):
+    def fake(point, size, device):
         ran.append(point["seed"])
         return point | {"score": 0.5, "loss": 1.0, "kept": 1.0, "seconds": 1.0}
 

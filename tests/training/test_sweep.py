@@ -78,7 +78,7 @@ def test_a_grid_grows_where_its_best_is_at_the_edge(peak, tried, monkeypatch):
     monkeypatch.setattr(
         sweeping,
         "run_point",
-        lambda point, size: point | {"score": -abs(math.log(point["lr"] / peak)), "loss": 1.0},
+        lambda point, size, device: point | {"score": -abs(math.log(point["lr"] / peak)), "loss": 1.0},
     )
     arm = Arm("a", rates=(3e-3, 1e-2, 3e-2))
     sweep = dataclasses.replace(SMALL, arms=(arm,), widen=2)
@@ -99,7 +99,7 @@ def test_more_seeds_run_only_what_is_new(monkeypatch):
     monkeypatch.setattr(
         sweeping,
         "run_point",
-        lambda point, size: ran.append(point) or point | {"score": point["lr"], "loss": 1.0},
+        lambda point, size, device: ran.append(point) or point | {"score": point["lr"], "loss": 1.0},
     )
     assert sweeping.run_sweep(SMALL)
     ran.clear()
@@ -110,6 +110,20 @@ def test_more_seeds_run_only_what_is_new(monkeypatch):
         ("a", "final", 3, 1e-2),
         ("a", "final", 4, 1e-2),
     ]
+
+
+def test_at_least_so_many_seeds_for_every_arm(monkeypatch):
+    ran = []
+    monkeypatch.setattr(
+        sweeping,
+        "run_point",
+        lambda point, size, device: ran.append(point) or point | {"score": point["lr"], "loss": 1.0},
+    )
+    more = dataclasses.replace(SMALL, more={("a", "facts"): 4})
+    assert sweeping.run_sweep(more, seeds=3)
+    finals = [(p["arm"]["name"], p["seed"]) for p in ran if p["stage"] == "final"]
+    assert sorted(finals) == [("a", 1), ("a", 2), ("a", 3), ("a", 4), ("b", 1), ("b", 2), ("b", 3)]
+    assert sweeping.log_path(more) == sweeping.log_path(SMALL)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +155,7 @@ def test_more_seeds_name_arms_and_tasks_that_exist():
 def test_rates_and_finals_that_the_plan_does_not_ask_for_are_left_out(monkeypatch):
     """As when the rows of a narrower or wider grid are copied into the log: nothing planned is run again."""
     monkeypatch.setattr(
-        sweeping, "run_point", lambda point, size: point | {"score": point["lr"], "loss": 1.0}
+        sweeping, "run_point", lambda point, size, device: point | {"score": point["lr"], "loss": 1.0}
     )
     assert sweeping.run_sweep(SMALL)
     log = sweeping.log_path(SMALL)
