@@ -13,7 +13,7 @@ import argparse
 import math
 import numbers
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -77,6 +77,7 @@ class Claim:
         part: str | None = None,
         note: str = "",
         seeds: Sequence[int] | None = None,
+        on: records.Record | None = None,
     ) -> Verdict:
         """Judge a measurement, print the verdict in one line, keep a record of it, and return it.
 
@@ -87,15 +88,21 @@ class Claim:
         the name of a part to a measurement, or to such a dict of conditions; `part` names the part that
         `value` and `conditions` are about. Neither is needed when all parts judge the same quantity: then
         each part judges it.
+
+        `on` is the record that the numbers were read from, where it was made on another device than this: the
+        verdict is that device's, about the model of that record, and is kept among that device's verdicts.
         """
         now = context.current()
+        if on is not None:
+            device = "cpu" if on.device == "cpu" else "cuda"
+            now = replace(now, device=device, model=on.rows[0].get("model", now.model))
         given = self._given(value, ci, n, conditions, parts, part)
         items = [judge(part_, condition, measurement, now) for part_, condition, measurement in given]
         verdict = Verdict(self, items, now, note)
         _observed.append(verdict)
         print(verdict)
         if not verdict.smoke:
-            _record(verdict, seeds)
+            _record(verdict, seeds, on)
         return verdict
 
     def _given(self, value, ci, n, conditions, parts, part) -> Iterator[tuple[Part, str, Measurement]]:
@@ -236,7 +243,7 @@ def observed() -> list[Verdict]:
     return list(_observed)
 
 
-def _record(verdict: Verdict, seeds: Sequence[int] | None) -> None:
+def _record(verdict: Verdict, seeds: Sequence[int] | None, on: records.Record | None) -> None:
     rows = [
         {
             "claim": verdict.claim.id,
@@ -250,10 +257,15 @@ def _record(verdict: Verdict, seeds: Sequence[int] | None) -> None:
         }
         for item in verdict.items
     ]
-    extra = {} if seeds is None else {"seeds": list(seeds)}
+    extra: dict[str, Any] = {} if seeds is None else {"seeds": list(seeds)}
+    device = verdict.context.device
+    if on is not None:  # where the numbers were measured, not where they are judged
+        device = "cpu"
+        kept = {key: on.provenance[key] for key in ("device", "machine", "versions") if key in on.provenance}
+        extra |= kept | {"model": verdict.context.model, "from": f"{on.name}, {on.date}"}
     record = records.Record(f"claims_lab{verdict.context.lab or '_none'}", rows, verdict.note, extra)
     try:
-        records.save_record(record, device=verdict.context.device)
+        records.save_record(record, device=device)
     except LabsError as error:
         if records.recording():
             raise

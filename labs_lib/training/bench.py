@@ -261,6 +261,9 @@ def config_of(name: str):
         return base_config(name)
     from transformers import AutoConfig
 
+    if "/" not in name and not Path(name).is_dir():
+        known = ", ".join((*SIZES, *TWINS))
+        raise LabsError(f"No base {name!r}: one of {known}, random:HIDDENxLAYERS, a folder, or a hub id.")
     quiet.hub(wanted=not Path(name).is_dir())
     return AutoConfig.from_pretrained(name)
 
