@@ -131,7 +131,7 @@ from labs_lib.measure import count_parameters
 from labs_lib.methods.lora import lora_layers
 
 inject_lora = check(inject_lora)
-ours, tokenizer = lab.base()
+ours, tokenizer = lab.base(dtype=torch.float32)  # the next section looks at its last digits
 inject_lora(ours, "all-linear", rank=8, alpha=16)
 layers = lora_layers(ours)
 predicted = sum(8 * (layer.base.in_features + layer.base.out_features) for layer in layers.values())
@@ -152,7 +152,7 @@ from labs_lib.methods.lora import lora_state_dict
 for layer in lora_layers(ours).values():
     torch.nn.init.normal_(layer.lora_B, std=0.02)
 config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-theirs = get_peft_model(lab.base()[0], config).eval()
+theirs = get_peft_model(lab.base(dtype=torch.float32)[0], config).eval()
 loaded = set_peft_model_state_dict(theirs, lora_state_dict(ours))
 print("parameters that found no place:", loaded.unexpected_keys)
 
@@ -166,7 +166,7 @@ style = load_task("style", tenant=tenant.slug)
 texts = style["train"][:8]
 batch = collate(encode_rows(tokenizer, texts["prompt"], texts["completion"]), tokenizer.pad_token_id)
 batch = {key: value.to(lab.device) for key, value in batch.items()}
-tolerance = 100 * torch.finfo(lab.dtype).eps
+tolerance = 100 * torch.finfo(torch.float32).eps
 for what, difference in lora_differences(ours, theirs, batch).items():
     print(f"largest difference in {what:14s} {difference:.1e}")
     assert difference <= tolerance, what
@@ -188,8 +188,8 @@ shelf = tempfile.TemporaryDirectory()
 folder = Path(shelf.name)
 save_lora(ours, folder / "ours", base="shipped")
 theirs.save_pretrained(folder / "theirs")
-there = PeftModel.from_pretrained(lab.base()[0], folder / "ours").eval()
-back = load_lora(lab.base()[0], folder / "theirs")
+there = PeftModel.from_pretrained(lab.base(dtype=torch.float32)[0], folder / "ours").eval()
+back = load_lora(lab.base(dtype=torch.float32)[0], folder / "theirs")
 with torch.no_grad():
     logits = ours(**batch).logits
     print("logits:", torch.equal(there(**batch).logits, logits), torch.equal(back(**batch).logits, logits))
@@ -620,7 +620,8 @@ import copy
 from labs_lib.measure import count_flops
 from labs_lib.methods.lora import merge_lora
 
-apart, merged = models["lora"], merge_lora(copy.deepcopy(models["lora"]))
+apart = copy.deepcopy(models["lora"]).float()  # in bfloat16 a merge rounds, too
+merged = merge_lora(copy.deepcopy(apart))
 with torch.no_grad():
     work = [count_flops(model, **batch) for model in (base, apart, merged)]
     moved = (apart(**batch).logits - merged(**batch).logits).abs().max().item()

@@ -56,7 +56,9 @@ from labs_lib.methods.tuning import rank_for_budget
 rank_for_budget = check(rank_for_budget)
 
 # %%
-model, tokenizer = lab.base()
+import torch
+
+model, tokenizer = lab.base(dtype=torch.float32)
 shapes = {name: tuple(m.weight.shape) for name, m in model.named_modules() if name.endswith("_proj")}
 targets = {
     "q and v": ("q_proj", "v_proj"),
@@ -101,7 +103,6 @@ pick_rate = check(pick_rate)
 # %% tags=["hide-input"]
 import copy
 
-import torch
 from peft import LoraConfig, get_peft_model
 
 from labs_lib import load_task
@@ -260,7 +261,8 @@ from labs_lib.training.sweep import run_point
 kept_keys = ("arm", "label", "task", "facts", "lr", "seed", "steps", "batch", "stage")
 point = next(r for r in record.rows if r["arm"]["name"] == "LoRA r8, all linear" and r["stage"] == "final")
 base = lab.model_id or lab.size
-again = run_point({k: point[k] for k in kept_keys} | {"steps": lab.steps(point["steps"])}, size=base)
+asked = {k: point[k] for k in kept_keys} | {"steps": lab.steps(point["steps"])}
+again = run_point(asked, base, lab.device)
 over_all = mean_ci(scores("LoRA r8, all linear"))
 print(f"recorded on small: {100 * point['score']:.1f} % with this seed, {over_all} over all seeds")
 print(f"now, on {base}: {100 * again['score']:.1f} %")

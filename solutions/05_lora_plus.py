@@ -77,7 +77,7 @@ from labs_lib.methods.lora_plus import lora_plus_groups
 from labs_lib.methods.lora import inject_lora
 
 lora_plus_groups = check(lora_plus_groups)
-model, tokenizer = lab.base()
+model, tokenizer = lab.base(dtype=torch.float32)  # the next section looks at its last digits
 inject_lora(model, "all-linear", rank=8, alpha=16)
 for group in lora_plus_groups(model, lr=1e-3, ratio=16):
     print(len(group["params"]), "matrices at", group["lr"], "| the first is", tuple(group["params"][0].shape))
@@ -453,7 +453,7 @@ point = final["ratio 8"][0]
 kept_keys = ("arm", "label", "task", "facts", "lr", "seed", "steps", "batch", "stage")
 again = {key: point[key] for key in kept_keys} | {"steps": lab.steps(point["steps"])}
 base = lab.model_id or lab.size
-now = run_point(again, size=base)
+now = run_point(again, base, lab.device)
 print(f"recorded on small: {100 * point['score']:.1f} % after {steps_to_one(point)} steps to 1 nat")
 print(f"now, on {base}: {100 * now['score']:.1f} % after {steps_to_one(now)}")
 

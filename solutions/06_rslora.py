@@ -108,7 +108,7 @@ from labs_lib.methods.lora import inject_lora, lora_state_dict, trainable_parame
 from labs_lib.methods.rslora import inject_rslora
 
 facts = load_task("knowledge", facts=256)
-base, tokenizer = lab.base()
+base, tokenizer = lab.base(dtype=torch.float32)  # bfloat16 hides what one small step moves
 rows = facts["train"][:32]
 batch = collate(encode_rows(tokenizer, rows["prompt"], rows["completion"]), tokenizer.pad_token_id)
 batch = {key: value.to(lab.device) for key, value in batch.items()}
@@ -117,12 +117,12 @@ RANK, ALPHA = 8, 16
 
 def ours(inject, alpha):
     generator = torch.Generator().manual_seed(lab.seed)
-    return inject(lab.base()[0], "all-linear", RANK, alpha, generator=generator)
+    return inject(lab.base(dtype=torch.float32)[0], "all-linear", RANK, alpha, generator=generator)
 
 
 def theirs(alpha, rslora):
     options = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "use_rslora": rslora}
-    model = get_peft_model(lab.base()[0], LoraConfig(r=RANK, lora_alpha=alpha, **options))
+    model = get_peft_model(lab.base(dtype=torch.float32)[0], LoraConfig(r=RANK, lora_alpha=alpha, **options))
     set_peft_model_state_dict(model, lora_state_dict(ours(inject_rslora, ALPHA)))
     return model
 
@@ -169,8 +169,8 @@ shelf = tempfile.TemporaryDirectory()
 folder = Path(shelf.name)
 save_lora(models["our rsLoRA"], folder / "ours", base="shipped")
 models["PEFT, use_rslora"].save_pretrained(folder / "theirs")
-there = PeftModel.from_pretrained(lab.base()[0], folder / "ours").eval()
-back = load_lora(lab.base()[0], folder / "theirs").eval()
+there = PeftModel.from_pretrained(lab.base(dtype=torch.float32)[0], folder / "ours").eval()
+back = load_lora(lab.base(dtype=torch.float32)[0], folder / "theirs").eval()
 with torch.no_grad():
     logits = models["our rsLoRA"].eval()(**batch).logits
     print("equal:", torch.equal(there(**batch).logits, logits), torch.equal(back(**batch).logits, logits))
@@ -418,7 +418,7 @@ kept_keys = ("arm", "label", "task", "facts", "lr", "seed", "steps", "batch", "s
 plain = {key: point[key] for key in kept_keys} | {"steps": lab.steps(point["steps"])}
 matched = plain | {"arm": plain["arm"] | {"method": "rslora", "alpha": 16 / math.sqrt(16)}}
 base_name = lab.model_id or lab.size
-runs = [run_point(each, size=base_name) for each in (plain, matched)]
+runs = [run_point(each, base_name, lab.device) for each in (plain, matched)]
 print("losses equal at every step:", runs[0]["losses"] == runs[1]["losses"])
 print(f"recall: LoRA {100 * runs[0]['score']:.1f} %, rsLoRA at LoRA's scale {100 * runs[1]['score']:.1f} %")
 print(f"recorded on small: {100 * point['score']:.1f} %")

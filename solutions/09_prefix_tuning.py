@@ -109,10 +109,10 @@ def drawn(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def direct(tokens, seed=lab.seed):
+def direct(tokens, seed=lab.seed, **options):
     """The base with a prefix of random numbers, trained as they are."""
     start = torch.randn(tokens, 2 * layers * heads * size, generator=drawn(seed))
-    return PrefixTuning(lab.base()[0], DirectPrefix(start), DynamicCache).to(lab.device)
+    return PrefixTuning(lab.base(**options)[0], DirectPrefix(start), DynamicCache).to(lab.device)
 
 
 # %%
@@ -136,10 +136,10 @@ from labs_lib.measure import count_parameters
 ProjectedPrefix = check(ProjectedPrefix)
 
 
-def projected(tokens, hidden=128, seed=lab.seed):
+def projected(tokens, hidden=128, seed=lab.seed, **options):
     """The base with a prefix that a network of inner width `hidden` produces."""
     prefix = ProjectedPrefix(tokens, heads * size, hidden, layers, generator=drawn(seed))
-    return PrefixTuning(lab.base()[0], prefix, DynamicCache).to(lab.device)
+    return PrefixTuning(lab.base(**options)[0], prefix, DynamicCache).to(lab.device)
 
 
 # %%
@@ -194,7 +194,7 @@ from peft import PrefixTuningConfig, get_peft_model
 def peft_of(ours, **settings):
     """PEFT's model with our prefix's numbers."""
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=ours.tokens, **settings)
-    theirs = get_peft_model(lab.base()[0], config).eval()
+    theirs = get_peft_model(lab.base(dtype=torch.float32)[0], config).eval()
     numbers = theirs.prompt_encoder["default"].parameters()
     for mine, other in zip(ours.prefix.parameters(), numbers, strict=True):
         other.data.copy_(mine)
@@ -209,11 +209,13 @@ def results(model, prefix):
 
 # %%
 rows, PROJECTED = [], {"prefix_projection": True, "encoder_hidden_size": 128}
-for kind, ours, settings in (("direct", direct(10), {}), ("projected", projected(10), PROJECTED)):
+kinds = {"direct": (direct, {}), "projected": (projected, PROJECTED)}
+for kind, (make, settings) in kinds.items():
+    ours = make(10, dtype=torch.float32)
     theirs = peft_of(ours, **settings)
     sides = results(ours, ours.prefix), results(theirs, theirs.prompt_encoder["default"])
     apart = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*sides, strict=True)]
-    assert max(apart) <= 100 * torch.finfo(lab.dtype).eps, (kind, apart)
+    assert max(apart) <= 100 * torch.finfo(torch.float32).eps, (kind, apart)
     rows.append({"prefix": kind, "logits off by": f"{apart[0]:.0e}", "gradients off by": f"{apart[1]:.0e}"})
 table(rows)
 
@@ -234,8 +236,8 @@ save_prefix(ours, folder / "ours", base="shipped")
 theirs.save_pretrained(folder / "theirs")
 
 # %%
-there = PeftModel.from_pretrained(lab.base()[0], folder / "ours").eval()
-back = load_prefix(lab.base()[0], folder / "theirs", DynamicCache).eval()
+there = PeftModel.from_pretrained(lab.base(dtype=torch.float32)[0], folder / "ours").eval()
+back = load_prefix(lab.base(dtype=torch.float32)[0], folder / "theirs", DynamicCache).eval()
 with torch.no_grad():
     same = [torch.equal(each(**batch).logits, sides[0][0]) for each in (there, back)]
 written = (folder / "ours" / "adapter_model.safetensors").stat().st_size
@@ -263,7 +265,7 @@ def lens(module, query, key, value, attention_mask, scaling, **_):
     said = (query @ prefix[0].mT * scaling).softmax(-1) @ prefix[1]
     LENS["seen"][module.layer_idx] = gate.detach(), said.detach()
     if LENS["constant"] is not None:
-        output = output + gate * (LENS["constant"][module.layer_idx] - said)
+        output = output + gate * (LENS["constant"][module.layer_idx].to(said.dtype) - said)
     return output.nan_to_num().transpose(1, 2).contiguous(), None  # nan: padding, which sees no text
 
 

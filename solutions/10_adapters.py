@@ -312,7 +312,11 @@ from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG as KNOW
 
 def fresh_base():
     """The lab's base; for a family that PEFT's class does not know, the proof is about the shipped one."""
-    return lab.base()[0] if base.config.model_type in KNOWN else load_base("tiny", device=lab.device)[0]
+    return (
+        lab.base(dtype=torch.float32)[0]
+        if base.config.model_type in KNOWN
+        else load_base("tiny", device=lab.device)[0]
+    )
 
 
 depth = base.config.num_hidden_layers
@@ -350,7 +354,7 @@ pair = results(ours.train()), results(theirs.train())
 for what, mine in pair[0].items():
     difference = (mine - pair[1][what]).abs().max().item()
     print(f"{what:10s} differ by at most {difference:.0e}")
-    assert difference <= 100 * torch.finfo(lab.dtype).eps, what
+    assert difference <= 100 * torch.finfo(torch.float32).eps, what
 
 # %%
 from labs_lib.methods.adapters_io import load_llama_adapter, save_llama_adapter

@@ -112,7 +112,7 @@ copy = style["train"][:]
 
 
 def trained(rows, steps, batch_size):
-    model, tokenizer = lab.base()
+    model, tokenizer = lab.base(dtype=torch.float32)
     generator = torch.Generator().manual_seed(lab.seed)
     model = inject_lora(model, "all-linear", RANK, 2 * RANK, generator=generator)
     fit(model, tokenizer, rows, steps=lab.steps(steps), lr=RATE, batch_size=batch_size, seed=lab.seed)
@@ -137,7 +137,7 @@ from peft import PeftModel
 from labs_lib.methods.io import save_lora
 from labs_lib.methods.mixture import fix_gates, gates_of, inject_mixture
 
-base, tokenizer = lab.base()
+base, tokenizer = lab.base(dtype=torch.float32)
 mixture = inject_mixture(base, experts, [2.0, 2.0])
 ids = tokenizer(copy["prompt"][0], return_tensors="pt")["input_ids"].to(lab.device)
 
@@ -157,7 +157,7 @@ for name, shares, model in (("style", [1.0, 0.0], alone[0]), ("facts", [0.0, 1.0
 # %%
 folder = Path(tempfile.mkdtemp())
 paths = [str(save_lora(model, folder / str(i))) for i, model in enumerate(alone)]
-theirs = PeftModel.from_pretrained(lab.base()[0], paths[0], adapter_name="0")
+theirs = PeftModel.from_pretrained(lab.base(dtype=torch.float32)[0], paths[0], adapter_name="0")
 theirs.load_adapter(paths[1], adapter_name="1")
 theirs.add_weighted_adapter(["0", "1"], [1.0, 1.0], "both", combination_type="cat")
 theirs.set_adapter("both")
@@ -170,7 +170,7 @@ print(f"gate at [1, 1]: {furthest(fix_gates(mixture, [1.0, 1.0]), theirs):.1e} f
 # %%
 from peft import XLoraConfig, get_peft_model
 
-plain = lab.base()[0]
+plain = lab.base(dtype=torch.float32)[0]
 plain.config.use_cache = False  # else PEFT raises: its two passes cannot share a cache
 adapters = {"0": paths[0], "1": paths[1]}
 config = XLoraConfig(

@@ -10,20 +10,21 @@ from pathlib import Path
 from . import pretend
 
 
-def small_profiles() -> None:
-    """The CUDA profiles' device, dtype and model with the steps and rows of `smoke`."""
+def small_profiles(size: str) -> None:
+    """The CUDA profiles' device and dtype with the steps and rows of `smoke`, and another base if `size` names one."""
     from labs_lib.lab.profiles import PROFILES
 
     smoke = PROFILES["smoke"]
     sizes = {name: getattr(smoke, name) for name in ("steps", "rows", "seeds", "grid")}
     for name, profile in PROFILES.items():
         if profile.cuda:
-            PROFILES[name] = replace(profile, **sizes)
+            PROFILES[name] = replace(profile, **sizes, size=size or profile.size)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.pretend_cuda", description=__doc__)
     parser.add_argument("--small", action="store_true", help="steps and rows as in the profile smoke")
+    parser.add_argument("--size", default="", help="with --small: this base instead of the profile's")
     parser.add_argument(
         "--noise", action="store_true", help="sums are off by a last digit, each time by another"
     )
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments")
     args = parser.parse_args()
     if args.small:
-        small_profiles()
+        small_profiles(args.size)
     sys.argv = [args.target, *args.arguments]
     with pretend(os.environ.get("PROFILE", "gpu"), args.noise):
         if args.module:

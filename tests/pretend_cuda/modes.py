@@ -294,7 +294,7 @@ class Operators(TorchDispatchMode):
             if makes and call is not None and (call.wanted is not None or not tensors):
                 here = call.on_cuda
             else:
-                here = any(on_cuda) if name not in INDEXING else on_cuda[0]
+                here = tagged(args[0]) if name in INDEXING else any(on_cuda)
             result = func(*args, **kwargs)
             if self.noise and here and name in SUMS:
                 with torch.random.fork_rng(devices=[]):
