@@ -109,3 +109,31 @@ def interval(row: Row, name: str, digits: int = 2) -> str:
     ends = [row.get(f"{name}_{end}") for end in ("lo", "hi")]
     tail = "" if None in ends else f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
     return f"{row[name]:.{digits}f}{tail}"
+
+
+def step_cost(row: Row) -> str:
+    """Peak memory of a training step, and its time over LoRA's: "0.038 GB, 1.24 [1.20, 1.34] x"."""
+    return f"{row['peak_bytes'] / 1e9:.3g} GB, {interval(row, 'ratio')} x"
+
+
+def token_cost(row: Row) -> str:
+    """Time of a decoded token, and over the base's: "1.21 ms, 1.62 [1.60, 1.68] x"."""
+    return f"{row['ms']:.3g} ms, {interval(row, 'ratio')} x"
+
+
+def ratio_of(row: Row) -> dict[str, Any]:
+    """A row's time ratio as `claim(...).observe` takes it."""
+    return {"value": row["ratio"], "ci": (row["ratio_lo"], row["ratio_hi"]), "n": row["rounds"]}
+
+
+def peft_benchmark(labels: Mapping[str, str], against: str = "LoRA r32") -> dict[str, dict[str, str]]:
+    """PEFT's own benchmark as a column of published figures: peak memory, and time over its LoRA r32.
+
+    `labels` maps an arm here to the label of a run there, which may have another rank.
+    """
+    rows = {row["label"]: row for row in records.load_published("method_comparison")["rows"]}
+    figures = {
+        arm: f"{rows[label]['peak_gib']} GiB, {rows[label]['train_s'] / rows[against]['train_s']:.2f} x ({label})"
+        for arm, label in labels.items()
+    }
+    return {"published: PEFT, 3B, L40S": figures}

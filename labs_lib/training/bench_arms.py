@@ -48,7 +48,8 @@ class BenchArm:
 
     @property
     def name(self) -> str:
-        return self.arm.name
+        """The arm's own; GaLore's without the rank, which follows the model's width."""
+        return self.arm.name.replace(f"GaLore r{self.arm.rank}", "GaLore")
 
     @property
     def touches_base(self) -> bool:
@@ -58,6 +59,8 @@ class BenchArm:
     def settings(self) -> dict:
         """What tells this arm from the others, as a record has it."""
         found = {"arm": self.name, "method": self.arm.method, "by": self.by}
+        if self.arm.method == "galore":
+            found["rank"] = self.arm.rank
         return found | {
             key: value
             for key in ("update", "eight_bit", "packed", "autocast", "dropout")

@@ -96,8 +96,7 @@ def arm_of(method: str, config) -> "tuple[BenchArm, bool]":
     eight_bit = "8-bit" in method
     wanted = method.replace(", 8-bit", "")
     for arm in arms_for(config, half=False):
-        name = arm.name.replace(f" r{arm.arm.rank}", "") if arm.arm.method == "galore" else arm.name
-        if name == wanted:
+        if arm.name == wanted:
             return (replace(arm, packed=False, by="by hand") if arm.packed else arm), eight_bit
     raise KeyError(method)
 

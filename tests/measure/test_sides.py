@@ -4,7 +4,15 @@ import pytest
 
 from labs_lib.measure import claim, context
 from labs_lib.measure.records import NoRecord, Record, load_records, save_record
-from labs_lib.measure.sides import interval, newest, side_by_side
+from labs_lib.measure.sides import (
+    interval,
+    newest,
+    peft_benchmark,
+    ratio_of,
+    side_by_side,
+    step_cost,
+    token_cost,
+)
 from labs_lib.measure.standings import mismatches, standings
 
 COMMAND = "labs bench training"
@@ -86,6 +94,22 @@ def test_published_figures_have_a_column_of_their_own():
 def test_intervals():
     assert interval({"ratio": 1.236, "ratio_lo": 1.2, "ratio_hi": 1.3}, "ratio") == "1.24 [1.20, 1.30]"
     assert interval({"ratio": 1.236}, "ratio", 1) == "1.2" and interval({}, "ratio") == "-"
+
+
+def test_texts_of_a_step_and_of_a_token():
+    ends = {"ratio": 1.236, "ratio_lo": 1.2, "ratio_hi": 1.3}
+    assert step_cost(ends | {"peak_bytes": 20.23e9}) == "20.2 GB, 1.24 [1.20, 1.30] x"
+    assert token_cost(ends | {"ms": 1.2345}) == "1.23 ms, 1.24 [1.20, 1.30] x"
+    assert ratio_of(ends | {"rounds": 9}) == {"value": 1.236, "ci": (1.2, 1.3), "n": 9}
+
+
+def test_the_benchmarks_figures_are_the_published_ones():
+    ((title, figures),) = peft_benchmark({"DoRA r16": "DoRA r32", "LoRA r16": "LoRA r32"}).items()
+    assert "PEFT" in title
+    assert figures == {
+        "DoRA r16": "22.8 GiB, 1.26 x (DoRA r32)",
+        "LoRA r16": "20.8 GiB, 1.00 x (LoRA r32)",
+    }
 
 
 def test_the_newest_record_with_such_rows():

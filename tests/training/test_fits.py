@@ -24,7 +24,7 @@ def peak(name: str, device: str) -> int:
 
 @pytest.mark.parametrize(
     "name",
-    ["LoRA r16", "DoRA r16", "full fine-tuning", "GaLore r2", "GaLore r2, layer by layer", "prompt 10"],
+    ["LoRA r16", "DoRA r16", "full fine-tuning", "GaLore", "GaLore, layer by layer", "prompt 10"],
 )
 def test_without_weights_the_count_is_that_of_a_real_step(name):
     """Without `fused_attention` the meta device spells attention out, and scores are counted that no device holds."""
