@@ -56,8 +56,8 @@ def time_ratios(
 ) -> dict[str, TimeRatio]:
     """The same for several arms against the one named `baseline`.
 
-    Each call is repeated inside a sample until the sample lasts `min_seconds`. The order of the arms is
-    reversed every other round, so that a drift inside rounds cancels. CUDA work is waited for. With fewer
+    Each call is repeated inside a sample until the sample lasts `min_seconds`. Arms take their turns in
+    another order every round (`turns`). CUDA work is waited for. With fewer
     than about 9 rounds the interval of a median is poor; with one there is none.
     """
     if baseline not in arms:
@@ -74,8 +74,7 @@ def time_ratios(
     gc.disable()
     try:
         for round_ in range(rounds):
-            order = list(arms) if round_ % 2 == 0 else list(reversed(arms))
-            for name in order:
+            for name in turns(list(arms), round_):
                 times[name].append(_sample(arms[name], calls[name]) / calls[name])
     finally:
         if collecting:
@@ -88,6 +87,16 @@ def time_ratios(
         middle, of = float(np.median(times[name])), float(np.median(base))
         result[name] = TimeRatio(ratio, middle, of, tuple(times[name]))
     return result
+
+
+def turns(names: list[str], round_: int) -> list[str]:
+    """The order of one round: each second one is the reverse of the one before, so that a drift inside rounds cancels.
+
+    From pair to pair another arm comes first: the one at an end runs twice in a row and finds its numbers in the caches.
+    """
+    first = round_ // 2 % len(names)
+    order = names[first:] + names[:first]
+    return order[::-1] if round_ % 2 else order
 
 
 def _sample(function: Callable[[], object], calls: int) -> float:

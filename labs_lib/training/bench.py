@@ -15,7 +15,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -279,8 +279,10 @@ def run(plan: Plan, log: Path, minutes: float = math.inf) -> tuple[list[dict], b
 
     def one(point: dict) -> dict:
         arm = known[point["arm"]]
+        left = (until - time.monotonic()) / (len(points) - points.index(point))
+        shorter = replace(plan, seconds=min(plan.seconds, 0.5 * left))
         with _no_collection():
-            row = point | measure(arm, plan, bases, point["checkpointing"])
+            row = point | measure(arm, shorter, bases, point["checkpointing"])
         clean(plan.device)
         if arm.arm.method == "galore" and "step_s" in row:
             row |= refreshing(costs, arm, bases, until)
@@ -373,7 +375,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure nothing: count the bytes of a step without weights, for four model sizes, and record them",
     )
     parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="begin no arm after so long; the same call resumes"
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="for all: fewer turns, the last arm begun before that; the same call resumes",
     )
     parser.add_argument(
         "--quick", action="store_true", help="three turns per arm: a look, nothing to publish"

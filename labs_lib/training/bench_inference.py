@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -270,7 +270,8 @@ def run(plan: Plan, log: Path, minutes: float = math.inf) -> tuple[list[dict], b
     arms, until = Arms(plan), time.monotonic() + 60 * minutes
 
     def one(point: dict) -> dict:
-        rows = measure(plan, arms, **point)
+        left = (until - time.monotonic()) / (len(points) - points.index(point))
+        rows = measure(replace(plan, seconds=min(plan.seconds, 0.7 * left)), arms, **point)
         bench.clean(plan.device)
         return point | {"rows": rows, "obstacles": arms.obstacles}
 
@@ -324,7 +325,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arms", default="", help="names, with semicolons (default: all)")
     parser.add_argument("--no-graphs", action="store_true", help="no CUDA graphs")
     parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="begin no table after so long; the same call resumes"
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="for all: shorter tables, the last begun before that; the same call resumes",
     )
     parser.add_argument("--quick", action="store_true", help="three turns: a look, nothing to publish")
 

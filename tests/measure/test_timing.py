@@ -40,6 +40,15 @@ def test_arms_are_interleaved_and_their_order_reversed(clock):
     assert "".join(clock.calls[-6:]) == "abccba"
 
 
+@pytest.mark.parametrize("names", ["ab", "abc", "abcde"])
+def test_every_arm_is_as_often_first_as_last(names):
+    """The arm at an end of a round runs twice in a row and finds its numbers in the caches: let each of them have it."""
+    rounds = [timing.turns(list(names), each) for each in range(2 * len(names))]
+    assert all(sorted(order) == list(names) for order in rounds)
+    assert sorted(order[0] for order in rounds) == sorted(order[-1] for order in rounds) == sorted(2 * names)
+    assert all(later == earlier[::-1] for earlier, later in zip(rounds[::2], rounds[1::2], strict=True))
+
+
 def test_short_functions_are_repeated(clock):
     result = time_ratio(clock.arm("a", 0.001), clock.arm("b", 0.01), rounds=3, warmup=0, min_seconds=0.0099)
     assert result.ratio.value == pytest.approx(0.1)
