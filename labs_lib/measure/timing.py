@@ -92,7 +92,7 @@ def time_ratios(
 def turns(names: list[str], round_: int) -> list[str]:
     """The order of one round: each second one is the reverse of the one before, so that a drift inside rounds cancels.
 
-    From pair to pair another arm comes first: the one at an end runs twice in a row and finds its numbers in the caches.
+    From pair to pair another arm comes first: one at an end runs twice in a row and finds its numbers in the caches.
     """
     first = round_ // 2 % len(names)
     order = names[first:] + names[:first]

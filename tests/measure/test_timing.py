@@ -42,7 +42,7 @@ def test_arms_are_interleaved_and_their_order_reversed(clock):
 
 @pytest.mark.parametrize("names", ["ab", "abc", "abcde"])
 def test_every_arm_is_as_often_first_as_last(names):
-    """The arm at an end of a round runs twice in a row and finds its numbers in the caches: let each of them have it."""
+    """An arm at an end of a round runs twice in a row and finds its numbers in the caches: each of them gets that."""
     rounds = [timing.turns(list(names), each) for each in range(2 * len(names))]
     assert all(sorted(order) == list(names) for order in rounds)
     assert sorted(order[0] for order in rounds) == sorted(order[-1] for order in rounds) == sorted(2 * names)
