@@ -141,22 +141,27 @@ def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     activations, IA3's scaling) is not counted, nor are bitsandbytes' 4-bit kernels. Causal attention counts
     as full, and a fused attention's backward includes the recomputation of its scores. Source:
     torch.utils.flop_counter, to which this adds PyTorch's fused attention on CPU, which it would otherwise
-    count as free.
+    count as free, and grouped heads, which torch 2.11 refuses.
     """
     from torch.utils import flop_counter
 
     aten = torch.ops.aten
 
     def forward(query, key, value, *_, out_shape=None, **__):
-        return flop_counter.sdpa_flop_count(query, key, value)
+        return flop_counter.sdpa_flop_count(query, *(_as_many_heads(query, part) for part in (key, value)))
 
     def backward(grad_out, query, key, value, *_, out_shape=None, **__):
+        key, value = (_as_many_heads(query, part) for part in (key, value))
         return flop_counter.sdpa_backward_flop_count(grad_out, query, key, value)
 
-    fused_on_cpu = {
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    with flop_counter.FlopCounterMode(display=False, custom_mapping=fused_on_cpu) as counter:
+    kinds = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+    fused = {getattr(aten, f"_scaled_dot_product_{kind}"): forward for kind in kinds}
+    fused |= {getattr(aten, f"_scaled_dot_product_{kind}_backward"): backward for kind in kinds}
+    with flop_counter.FlopCounterMode(display=False, custom_mapping=fused) as counter:
         function(*args, **kwargs)
     return counter.get_total_flops()
+
+
+def _as_many_heads(query: torch.Size, part: torch.Size) -> tuple[int, ...]:
+    """The shape of keys or values (batch, heads, tokens, size) with as many heads as the query has."""
+    return (*part[:-3], query[-3], *part[-2:])

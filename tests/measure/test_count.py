@@ -186,6 +186,16 @@ def test_attention_is_not_free_on_the_cpu(backend):
     assert count_flops(attend, True) == (6 if backend == "math" else 7) * product
 
 
+def test_grouped_heads_count_like_as_many_of_their_own():
+    q, few = torch.randn(2, 4, 16, 8, requires_grad=True), torch.randn(2, 2, 16, 8, requires_grad=True)
+
+    def attend(keys, grouped):
+        F.scaled_dot_product_attention(q, keys, keys, is_causal=True, enable_gqa=grouped).sum().backward()
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        assert count_flops(attend, few, True) == count_flops(attend, q, False)
+
+
 def test_dropout_costs_dora_a_second_product():
     """What lab 04 measures: PEFT's DoRA takes a slow path as soon as there is dropout."""
     from peft import LoraConfig, get_peft_model

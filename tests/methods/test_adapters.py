@@ -419,7 +419,7 @@ def test_a_fusion_starts_near_the_mean_and_trains_alone(tiny_llama, batch):
     site, x = adapted_sublayers(model)["model.layers.0.mlp"], torch.randn(4, 32)
     changes = torch.stack([site.adapters[name](x) for name in ("style", "domain")], dim=-2)
     mean = changes.mean(dim=-2)
-    assert (site.fusion(x, changes) - mean).norm() < 0.05 * mean.norm()
+    assert (site.fusion(x, changes) - mean).norm() < 0.1 * mean.norm()
     model(**batch).loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in trainable_parameters(model))
 

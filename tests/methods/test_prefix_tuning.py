@@ -5,6 +5,8 @@ import warnings
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from labs_lib.errors import LabsError
 from labs_lib.methods.lora import trainable_parameters
@@ -529,6 +531,8 @@ def test_hazard_peft_cannot_generate_without_its_own_cache(tiny_llama, batch, ca
     }
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         theirs.generate(**inputs, use_cache=False)
+    if Version(transformers.__version__) < Version("5.18"):
+        return  # 5.17 does not ask for it
     with pytest.raises(AttributeError, match="max_cache_len"):
         theirs.generate(**inputs, cache_implementation="static")
 
