@@ -89,16 +89,18 @@ def device_slug(device: str | None = None) -> str:
 
 
 def gpu_slug(name: str) -> str:
-    """The part of a GPU's name that people say: "NVIDIA H100 80GB HBM3" is "h100", "Tesla T4" is "t4"."""
-    words = [
-        w for w in re.split(r"[^a-z0-9]+", name.lower()) if w not in ("nvidia", "tesla", "geforce", "amd", "")
-    ]
+    """The part of a GPU's name that people say: "NVIDIA H100 80GB HBM3" is "h100", "Tesla T4" is "t4".
+
+    A slice of a card (MIG) is not that card: "NVIDIA H100 80GB HBM3 MIG 1g.10gb" is "h100mig1g10gb".
+    """
+    name, _, part = name.lower().partition(" mig ")
+    words = [w for w in re.split(r"[^a-z0-9]+", name) if w not in ("nvidia", "tesla", "geforce", "amd", "")]
     slug = ""
     for word in words:
         slug += word
         if any(c.isdigit() for c in word):
             break
-    return slug or "gpu"
+    return (slug or "gpu") + (f"mig{re.sub(r'[^a-z0-9]', '', part)}" if part else "")
 
 
 def provenance(device: str | None = None, **extra: Any) -> dict[str, Any]:

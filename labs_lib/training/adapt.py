@@ -167,7 +167,7 @@ def qlora(model, arm: "Arm", seed: int, steps: int) -> Adapted:
 
 
 def unpacked(model):
-    """Plain layers in place of bitsandbytes' 4-bit ones, with the very values and in the dtype that those compute with."""
+    """Plain layers in place of bitsandbytes' 4-bit ones, with the values and in the dtype that those compute with."""
     import torch
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit

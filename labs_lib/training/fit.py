@@ -120,6 +120,9 @@ def fit(
             dataloader_pin_memory=on_gpu,
             **arguments,
         )
+        settings._n_gpu = min(
+            1, settings.n_gpu
+        )  # else the Trainer spreads every batch over all GPUs that it sees
         trainer = Trainer(
             model=model,
             args=settings,

@@ -70,6 +70,7 @@ def test_file_is_named_by_device_and_has_provenance():
     ("name", "slug"),
     [
         ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "h100mig1g10gb"),
         ("NVIDIA H200", "h200"),
         ("NVIDIA A100-SXM4-80GB", "a100"),
         ("Tesla T4", "t4"),

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from labs_lib.errors import LabsError
 from labs_lib.methods.lora import inject_lora, lora_state_dict
@@ -70,6 +71,21 @@ def test_fit_stays_where_the_model_is_run_after_run():
         inject_lora(model, ["q_proj"], 2, 4)
         run = fit(model, tokenizer, ROWS, steps=2, lr=1e-3, batch_size=4, progress=False)
         assert devices(model) == {where} and (run.peak_bytes is not None) == (where == "cuda")
+
+
+def test_fit_uses_one_card_of_two(monkeypatch):
+    """The Trainer would cut every batch in two: other gradients, and a wrapper that hides the model."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    model, tokenizer = load_base("tiny", device="cuda")
+    inject_lora(model, ["q_proj"], 2, 4)
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append((type(model).__name__, args.train_batch_size))
+
+    fit(model, tokenizer, ROWS, steps=2, lr=1e-3, batch_size=4, progress=False, callbacks=[Look()])
+    assert seen == [("LlamaForCausalLM", 4)] * 2
 
 
 @DTYPES
@@ -253,10 +269,11 @@ def test_a_record_says_which_card():
     assert context.current().device == "cpu"
 
 
-def test_a_small_step_of_pretraining_runs_on_the_card(tmp_path, monkeypatch):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_small_step_of_pretraining_runs_on_the_card(tmp_path, bf16):
     from labs_lib.models import pretrain
 
     model, tokenizer = load_base("tiny")
     stage = replace(pretrain.STAGES[0], steps=2, schedule=2, warmup=1)
-    losses = pretrain.train_stage(model, tokenizer, stage, 1, 4, 1e-3, False, tmp_path / "work")
+    losses = pretrain.train_stage(model, tokenizer, stage, 1, 4, 1e-3, bf16, tmp_path / "work")
     assert len(losses) == 2 and devices(model) == {"cuda"}
