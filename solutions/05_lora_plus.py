@@ -88,6 +88,8 @@ for group in lora_plus_groups(model, lr=1e-3, ratio=16):
 # PEFT's with its optimizer. *You should see* the same losses and the same factors, bit for bit.
 
 # %%
+import copy
+
 from labs_lib import load_task
 from labs_lib.measure.quality import collate, encode_rows
 from labs_lib.models.parity import peft_twin
@@ -110,7 +112,7 @@ def ten_steps(model, optimizer):
     return losses
 
 
-theirs = peft_twin(model)
+theirs, double = peft_twin(model), copy.deepcopy(model)
 ours = ten_steps(model, torch.optim.AdamW(lora_plus_groups(model, 1e-3, 16), lr=1e-3))
 peft = ten_steps(theirs, create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16))
 print("losses equal:", ours == peft, "| from", round(ours[0], 3), "to", round(ours[-1], 3))
@@ -120,19 +122,22 @@ from peft import get_peft_model_state_dict
 
 from labs_lib.methods.lora import lora_state_dict
 
-there = get_peft_model_state_dict(theirs)
-apart = max((tensor - there[name]).abs().max().item() for name, tensor in lora_state_dict(model).items())
-print(f"largest difference of any factor: {apart:.0e}")
-tolerance = 1e-5
-assert apart <= tolerance
+
+def distance(factors):
+    """The largest difference of any factor from ours."""
+    return max((tensor - factors[name]).abs().max().item() for name, tensor in lora_state_dict(model).items())
+
+
+ten_steps(double, torch.optim.AdamW(lora_plus_groups(double, 1e-3, 16), lr=1e-3))
+apart, twice = distance(get_peft_model_state_dict(theirs)), distance(lora_state_dict(double))
+print(f"largest difference of any factor: {apart:.0e}; of two runs of ours: {twice:.0e}")
+assert apart <= max(1e-5, 10 * twice)  # a GPU need not add up in the same order twice
 
 # %% [markdown]
 # **What ratio 1 is.** Not quite "LoRA as before": LoRA+ sets the weight decay of its groups, to 0. `AdamW` by itself
 # takes 0.01. *You should see* ratio 1 equal to AdamW without decay, and different from AdamW with its defaults.
 
 # %%
-import copy
-
 from labs_lib.methods.lora import trainable_parameters
 
 start, _ = lab.base()
