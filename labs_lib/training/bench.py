@@ -14,7 +14,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -136,8 +136,9 @@ def _measure(arm: "BenchArm", plan: Plan, bases: Bases, checkpointing: bool, hel
         torch.cuda.reset_peak_memory_stats()
         held["base_bytes"] = torch.cuda.memory_allocated()
     begun = time.perf_counter()
-    with random_bases():
+    with random_bases(), ExitStack() as stack:
         one = trainee(arm, base, batch, checkpointing)
+        stack.callback(one.close)
         held["ready_s"] = round(time.perf_counter() - begun, 3)
         flops = count_flops(one.step)  # the first step also makes the optimiser's states
         if cuda:

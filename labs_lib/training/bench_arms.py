@@ -150,13 +150,18 @@ def arms_for(config, half: bool) -> tuple[BenchArm, ...]:
 
 @dataclass
 class Trainee:
-    """A model with its optimisers and one batch; `step()` trains it once and returns nothing."""
+    """A model with its optimisers and one batch; `step()` trains it once and returns nothing.
+
+    `close()` takes its hooks off again: a hook on a parameter holds what holds the parameter, a circle that no garbage
+    collection finds.
+    """
 
     model: "nn.Module"
     optimizers: list
     batch: dict
     step: Callable[[], None]
     loss: Callable[[], float]
+    close: Callable[[], None]
 
 
 def share(model: "nn.Module") -> "nn.Module":
@@ -189,7 +194,7 @@ def trainee(arm: BenchArm, base: "nn.Module", batch: dict, checkpointing: bool =
     device = batch["input_ids"].device
     if checkpointing:
         _checkpoint(model.base if isinstance(getattr(model, "base", None), torch.nn.Module) else model)
-    optimizers, within_backward = _optimizers(arm, model, made)
+    optimizers, remove = _optimizers(arm, model, made)
     callbacks = made.callbacks if device.type != "meta" else []  # they look at numbers
     count, seen = itertools.count(), {}
 
@@ -198,7 +203,7 @@ def trainee(arm: BenchArm, base: "nn.Module", batch: dict, checkpointing: bool =
             loss = model(**batch).loss
         loss.backward()
         seen["loss"] = loss.detach()
-        if within_backward:
+        if arm.update == "backward":
             return
         for optimizer in optimizers:
             optimizer.step()
@@ -208,7 +213,7 @@ def trainee(arm: BenchArm, base: "nn.Module", batch: dict, checkpointing: bool =
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-    return Trainee(model, optimizers, batch, step, lambda: float(seen["loss"]))
+    return Trainee(model, optimizers, batch, step, lambda: float(seen["loss"]), remove)
 
 
 def adapted(arm: BenchArm, base: "nn.Module") -> "nn.Module":
@@ -263,8 +268,8 @@ def _adapt(arm: BenchArm, view: "nn.Module") -> Adapted:
     return Adapted(get_peft_model(view, config))
 
 
-def _optimizers(arm: BenchArm, model: "nn.Module", made: Adapted) -> tuple[list, bool]:
-    """The arm's optimisers, and whether they step within backward()."""
+def _optimizers(arm: BenchArm, model: "nn.Module", made: Adapted) -> tuple[list, Callable[[], None]]:
+    """The arm's optimisers, and what takes their hooks off, if they step within backward()."""
     import torch
 
     from labs_lib.methods.galore import GaLoreAdamW, galore_groups, update_in_backward
@@ -277,7 +282,7 @@ def _optimizers(arm: BenchArm, model: "nn.Module", made: Adapted) -> tuple[list,
                 group
             ) in optimizer.param_groups:  # the Trainer's default on a GPU: no temporary copy of all states
                 group["fused"] = True
-        return [optimizer], False
+        return [optimizer], lambda: None
     if arm.eight_bit:
         from labs_lib.training.galore import FixedGaLoreAdamW8bit
     kind = FixedGaLoreAdamW8bit if arm.eight_bit else GaLoreAdamW
@@ -287,8 +292,9 @@ def _optimizers(arm: BenchArm, model: "nn.Module", made: Adapted) -> tuple[list,
 
     groups = galore_groups(model, arm.arm.targets, arm.arm.rank)
     if arm.update == "backward":
-        return list(update_in_backward(groups, make)[0].values()), True
-    return [make(groups)], False
+        optimizers, remove = update_in_backward(groups, make)
+        return list(optimizers.values()), remove
+    return [make(groups)], lambda: None
 
 
 @contextmanager

@@ -67,6 +67,7 @@ def count(point: dict) -> dict:
         one = trainee(arm, twin, {"input_ids": ids, "labels": ids}, point["checkpointing"])
         one.step()  # the optimiser's states
         peak = peak_memory(one.step, one.model, one.optimizers, one.batch, device="cpu").peak
+        one.close()
     states = sum(map(optimizer_state_bytes, one.optimizers))
     if eight_bit:
         whole = random_like(point["model"])

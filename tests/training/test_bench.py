@@ -1,6 +1,8 @@
 """`labs bench training`: every arm takes real steps, what cannot be measured is a row, and stopped work goes on."""
 
+import gc
 import json
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -148,6 +150,18 @@ def test_a_new_basis_is_timed_once_per_shape(bases):
     assert found["refresh_s"] == pytest.approx(sum(n * each for *_, n, each in found["refresh_shapes"]))
     assert found["refresh_extra_bytes"] > 0
     assert refresh_costs(bases.get(), rank=2, seconds=0) == {"refresh_shapes": []}
+
+
+def test_a_closed_trainee_is_gone():
+    """A hook on a parameter would keep model, states and base for ever: the next arm's memory would be too high."""
+    base = bench.load(TWIN, "cpu", "float32")
+    with random_bases():
+        one = trainee(ARMS["GaLore, layer by layer"], base, bench.tokens(plan(), base))
+    watched = weakref.ref(next(one.model.parameters()))
+    one.close()
+    del one
+    gc.collect()
+    assert watched() is None
 
 
 # --- a row
