@@ -106,12 +106,14 @@ def arms_for(config, half: bool) -> tuple[BenchArm, ...]:
         sizes = {key: more.pop(key) for key in ("rank", "alpha") if key in more}
         return BenchArm(Arm(name, method, options=options or {}, **sizes), **more)
 
+    def dora(name: str, dropout: float = 0.0, **more) -> BenchArm:
+        return _lora(name, dropout, "dora", **more)
+
     galore = f"GaLore r{rank}"
-    own = [
-        LORA,
-        _LORAS[1],
-        _lora("DoRA r16", method="dora"),
-        _lora("DoRA r16, dropout 0.05", 0.05, "dora"),
+    return (  # what is asked for most comes first: a card's time is short
+        *_LORAS[:2],
+        dora("DoRA r16"),
+        dora("DoRA r16, dropout 0.05", 0.05),
         arm("full fine-tuning", "full"),
         arm(galore, "galore", rank=rank),
         arm(f"{galore}, 8-bit", "galore", rank=rank, eight_bit=True),
@@ -120,6 +122,16 @@ def arms_for(config, half: bool) -> tuple[BenchArm, ...]:
         arm("IA3", "ia3"),
         arm("prompt 10", "prompt", {"tokens": 10}),
         arm("prompt 200", "prompt", {"tokens": 200}),
+        _lora("QLoRA r16", method="qlora", packed=True),
+        *(
+            (
+                *_CAST,
+                dora("DoRA r16, autocast", autocast=True),
+                dora("DoRA r16, dropout 0.05, autocast", 0.05, autocast=True),
+            )
+            if half
+            else ()
+        ),
         arm("prefix 30", "prefix", {"tokens": 30}),
         arm("prefix 30, projected", "prefix", {"tokens": 30, "hidden": max(1, width // 4)}),
         arm(
@@ -128,21 +140,13 @@ def arms_for(config, half: bool) -> tuple[BenchArm, ...]:
             {"placement": "pfeiffer", "bottleneck": max(1, width // 16)},
         ),
         arm("LLaMA-Adapter 10", "llama_adapter", {"prompts": 10, "layers": max(1, layers - 2)}),
+        arm("AdaLoRA r24 to r16", "adalora", {"init": 24}, rank=16, alpha=48),
+        *_LORAS[2:],
+        dora("DoRA r16, PEFT", by="peft"),
+        dora("DoRA r16, dropout 0.05, PEFT", 0.05, by="peft"),
         arm("LoRA+ r16", "lora_plus", {"ratio": 8}, rank=16, alpha=32),
         arm("rsLoRA r16", "rslora", rank=16, alpha=32),
-        arm("AdaLoRA r24 to r16", "adalora", {"init": 24}, rank=16, alpha=48),
-    ]
-    peft = [
-        *_LORAS[2:],
-        _lora("DoRA r16, PEFT", method="dora", by="peft"),
-        _lora("DoRA r16, dropout 0.05, PEFT", 0.05, "dora", by="peft"),
-    ]
-    cast = [
-        *_CAST,
-        _lora("DoRA r16, autocast", method="dora", autocast=True),
-        _lora("DoRA r16, dropout 0.05, autocast", 0.05, "dora", autocast=True),
-    ]
-    return (*own, *peft, *(cast if half else ()), _lora("QLoRA r16", method="qlora", packed=True))
+    )
 
 
 # -- a model that takes steps ---------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ class Plan:
     dtype: str = "float32"
     batches: tuple[int, ...] = (1, 8)
     prompt: int = 128
-    tokens: int = 8
+    tokens: int = 4
     seconds: float = 40.0
     least: int = 5
     arms: tuple[str, ...] = ()
