@@ -51,6 +51,9 @@ class Plain(ModelExecutor):
     def _gains_of(self, rows: Rows, tokens: int) -> None:
         return None
 
+    def _use(self, index: None, rows: Rows, tokens: int) -> None:
+        pass
+
     def apply(self, index: None, gain_page: None, recorded: bool = False) -> None:
         pass
 

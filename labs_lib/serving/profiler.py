@@ -8,6 +8,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import FrameType
 
 import torch
@@ -111,7 +112,7 @@ def floor(model, layout: Layout, rows: int, rank: int, adapters: int, past: int)
     gathered = adapters * rank * sum(i + o for i, o in sizes) * number
     weights = (sum(i * o for i, o in sizes) + head.numel()) * number
     cells = rows * past * layout.cell * number
-    per_flop, per_byte = _speed(head)
+    machine = limits(head)
     linear, adapter = _products(head, sizes, rows, rank, adapters)
     return {
         "base_flops": base,
@@ -119,14 +120,14 @@ def floor(model, layout: Layout, rows: int, rank: int, adapters: int, past: int)
         "weight_bytes": weights,
         "adapter_bytes": gathered,
         "kv_bytes": cells,
-        "flops_ms": round(1e3 * per_flop * (base + lora), 4),
-        "bytes_ms": round(1e3 * per_byte * (weights + gathered + cells), 4),
+        "flops_ms": round(1e3 * (base + lora) / machine.rate, 4),
+        "bytes_ms": round(1e3 * (weights + gathered + cells) / machine.read, 4),
         "linear_ms": round(1e3 * linear, 4),
         "adapter_ms": round(1e3 * adapter, 4),
     }
 
 
-def _best(function: Callable[[], object], like: torch.Tensor, times: int = 7, calls: int = 5) -> float:
+def best_seconds(function: Callable[[], object], like: torch.Tensor, times: int = 7, calls: int = 5) -> float:
     """Seconds of one call: the fastest of several rounds."""
     function()
     found = []
@@ -142,13 +143,34 @@ def _best(function: Callable[[], object], like: torch.Tensor, times: int = 7, ca
     return min(found)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What the machine does at best, measured: bytes a second when it reads or copies, FLOPs a second in products."""
+
+    read: float
+    copy: float  # read and written bytes together
+    rate: float
+
+    def seconds(self, nbytes: float, flops: float) -> float:
+        """The least time for work that moves so many bytes and needs so many FLOPs: the roofline.
+
+        Source: Williams, Waterman, Patterson 2009, "Roofline", Communications of the ACM 52(4).
+        """
+        return max(nbytes / max(self.read, self.copy), flops / self.rate)
+
+
 @torch.inference_mode()
-def _speed(like: torch.Tensor) -> tuple[float, float]:
-    """Seconds per FLOP of a large matrix product, and per byte of reading a large tensor."""
-    n = 4096 if like.is_cuda else 512
+def limits(like: torch.Tensor) -> Limits:
+    """Measured with tensors far larger than any cache, of the type and on the device of `like`."""
+    n = 8192 if like.is_cuda else 512
     square = torch.randn(n, n, device=like.device, dtype=like.dtype)
-    large = torch.zeros((1 << 28 if like.is_cuda else 1 << 24), device=like.device, dtype=like.dtype)
-    return _best(lambda: square @ square, like) / (2 * n**3), _best(large.sum, like) / large.nbytes
+    large = torch.zeros((1 << 29 if like.is_cuda else 1 << 24), device=like.device, dtype=like.dtype)
+    other = torch.empty_like(large)
+    return Limits(
+        read=large.nbytes / best_seconds(large.sum, like),
+        copy=2 * large.nbytes / best_seconds(lambda: other.copy_(large), like),
+        rate=2 * n**3 / best_seconds(lambda: square @ square, like),
+    )
 
 
 @torch.inference_mode()
@@ -173,4 +195,4 @@ def _products(
         for x, A, B, y in updates:
             y.baddbmm_(torch.bmm(x, A), B)
 
-    return _best(base, like), _best(lora, like) if adapters else 0.0
+    return best_seconds(base, like), best_seconds(lora, like) if adapters else 0.0
