@@ -9,7 +9,6 @@ Stops and goes on like a sweep, and records itself when it is complete.
 """
 
 import argparse
-import json
 import random
 import time
 from itertools import islice
@@ -126,22 +125,14 @@ def run_point(start: str, seed: int, size: str = SIZE) -> dict:
 
 def run(limit: int | None = None) -> Path | None:
     """Run what is missing; returns the record's path once it is complete, None if `limit` came first."""
-    from tqdm.std import tqdm
-
     from labs_lib.measure.records import Record, save_record
+    from labs_lib.training.resume import run_points
 
+    plan = [{"start": start, "seed": seed} for start in STARTS for seed in SEEDS]
     log = cache() / "sweeps" / "galore_spectra.jsonl"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    done = {(row["start"], row["seed"]) for row in rows}
-    missing = [(start, seed) for start in STARTS for seed in SEEDS if (start, seed) not in done]
-    for start, seed in tqdm(missing[:limit], unit="run", ncols=90, desc="spectra"):
-        rows.append(run_point(start, seed))
-        with log.open("a") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
-    if limit is not None and limit < len(missing):
+    rows = run_points(log, lambda rows: plan, lambda point: run_point(**point), "spectra", limit)
+    if rows is None:
         return None
-    rows.sort(key=lambda row: (list(STARTS).index(row["start"]), row["seed"]))
     note = (
         "Energy of gradients in their first singular directions, and what older bases keep of it; small base."
     )

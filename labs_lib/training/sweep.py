@@ -242,39 +242,28 @@ def run_sweep(
 
     Rows of the log that the sweep does not ask for, or no longer, are left out of the record.
     """
-    from tqdm.std import tqdm
-
     from labs_lib.measure.records import Record, save_record
+    from labs_lib.training.resume import run_waves
 
     if seeds:
         more = sweep.more | {("*", "*"): sweep.seeds}
         sweep = replace(sweep, more={key: max(number, seeds) for key, number in more.items()})
-    log = log_path(sweep, device)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    total = sum(len(sweep.fresh_seeds(arm.name, task.label)) for arm in sweep.arms for task in sweep.tasks)
-    total += len(sweep.tasks) * sum(len(arm.rates or sweep.rates) for arm in sweep.arms)
-    bar = tqdm(total=total, unit="run", ncols=90, desc=sweep.name)
-    while True:
-        rows = {_key(row): row for row in done}
-        plan = {_key(point): point for point in points(sweep, done)}
-        missing = [point for key, point in plan.items() if key not in rows]
-        bar.total = max(total, len(plan))  # a grid that was widened has more
-        bar.update(len(plan) - len(missing) - bar.n)
-        if not missing or limit == 0:
-            break
-        todo = [p for p in missing if p["seed"] == min(p["seed"] for p in missing)][:limit]
-        for row in _results(todo, sweep.size, jobs, device):
-            done.append(row)
-            with log.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            bar.update()
-        limit = None if limit is None else limit - len(todo)
-    bar.close()
-    if missing:
+
+    def lowest_seed(missing: list[dict]) -> list[dict]:
+        return [p for p in missing if p["seed"] == min(p["seed"] for p in missing)]
+
+    rows = run_waves(
+        log_path(sweep, device),
+        lambda done: points(sweep, done),
+        lowest_seed,
+        lambda todo: _results(todo, sweep.size, jobs, device),
+        sweep.name,
+        limit,
+        key=_key,
+    )
+    if rows is None:
         return None
-    record = Record(f"sweep_{sweep.name}", [rows[key] for key in plan], note=sweep.note)
-    return save_record(record, device=device)
+    return save_record(Record(f"sweep_{sweep.name}", rows, note=sweep.note), device=device)
 
 
 def _results(todo: list[dict], size: str, jobs: int, device: str) -> Iterator[dict]:
