@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from labs_lib.errors import LabsError
+from labs_lib.models.room import check_device
 from labs_lib.paths import cache, data
 from labs_lib.training.fleet import Recipe, Trained, save_adapter, train
 from labs_lib.training.gate import Candidate, gate, read_by_rules
@@ -341,6 +342,7 @@ def main(args: argparse.Namespace) -> int:
     from labs_lib.world.tenants import load_tenant, load_tenants
 
     quiet.silence()
+    check_device(args.device)
     torch.set_num_threads(1)
     if args.publish and args.keys is None:
         raise LabsError(

@@ -121,6 +121,7 @@ def test_a_fleet_that_the_gate_refuses_is_told_by_the_exit_status(tmp_path):
 
 def test_mistakes_are_told(tmp_path, capsys):
     assert main(["fleet", "nobody"]) == 2 and "No tenant 'nobody'" in capsys.readouterr().err
+    assert main(["fleet", "--device", "tpu"]) == 2 and "no device 'tpu'" in capsys.readouterr().err
     assert main(["fleet", "--publish"]) == 2 and "--keys" in capsys.readouterr().err
     with pytest.raises(LabsError, match="at least 1"):
         run_fleet(TENANTS, RECIPE, "tiny", tmp_path, together=0)
