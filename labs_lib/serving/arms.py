@@ -19,6 +19,7 @@ from labs_lib.serving.engine import Engine
 from labs_lib.serving.executor import ModelExecutor, Rows, check_model
 from labs_lib.serving.layout import Layout
 from labs_lib.serving.oracle import TIES, Witness
+from labs_lib.serving.payloads import Given, Payloads
 from labs_lib.serving.pool import Pool
 from labs_lib.serving.scheduler import Queue
 from labs_lib.serving.tiers import HostAdapter
@@ -87,9 +88,9 @@ class _Named:
 class PeftMixed(Plain):
     """PEFT's `adapter_names`: one forward pass, in each layer a loop over the adapters of the batch."""
 
-    def __init__(self, model, pool: Pool, folders: Mapping[str, Path]) -> None:
+    def __init__(self, model, pool: Pool, peft) -> None:
         super().__init__(model, pool)
-        self.model = _Named(load_peft(model, folders))
+        self.model = _Named(peft)
 
     def _use(self, index: None, rows: Rows, tokens: int) -> None:
         self.model.names = [row.request.adapter or "__base__" for row in rows]
@@ -168,8 +169,14 @@ class Switch:
 class Copies:
     """`model_for` by one full model per adapter."""
 
-    def __init__(self, model, folders: Mapping[str, Path]) -> None:
-        self._models = {None: model} | {sha: merged(model, folder) for sha, folder in folders.items()}
+    def __init__(self, model, folders: Mapping[str, Path], payloads: Payloads | None = None) -> None:
+        self._models = {None: model}
+        for name, folder in folders.items():
+            if payloads is None:
+                self._models[name] = merged(model, folder)
+            else:
+                self._models[name] = copy.deepcopy(model)
+                payloads.merge(self._models[name], model, name)
 
     def __call__(self, adapter: str | None):
         return self._models[adapter]
@@ -205,9 +212,12 @@ class Setup:
     host_bytes: int = 256 << 20
     queue: int = 1 << 20  # waiting requests: a benchmark turns nobody away
     policy: str = "separate"
+    graphs: str = "auto"
+    payloads: Payloads | None = None  # instead of folders: adapters in memory, `folders` has their names only
     clock: Callable[[], float] = time.perf_counter
 
 
+HOW = {"": None, "graphs": "on", "eager": "off"}
 FOREIGN = {
     "base": "base model alone",
     "peft_mixed": "PEFT adapter_names",
@@ -219,10 +229,16 @@ FOREIGN = {
 def build(name: str, setup: Setup) -> Engine:
     """The engine of an arm: `engine` or `engine:<op>` is ours, the others are those of `FOREIGN`.
 
-    The base's `requests` should have no adapter. Close it after use.
+    `base` and the engine may end in `/graphs` or `/eager`: with recorded decode steps, or without. The base's
+    `requests` should have no adapter. Close it after use.
     """
     model = share(setup.model)
-    if name == "engine" or name.startswith("engine:"):
+    name, _, how = name.partition("/")
+    if how not in HOW:
+        raise LabsError(f"There is no way {how!r} to run an arm: graphs or eager.")
+    graphs, payloads = HOW[how] or setup.graphs, setup.payloads
+    ours = name == "engine" or name.startswith("engine:")
+    if ours and payloads is None:
         return Engine(
             model,
             setup.folders.__getitem__,
@@ -234,26 +250,37 @@ def build(name: str, setup: Setup) -> Engine:
             policy=setup.policy,
             queue_limit=setup.queue,
             op=name.partition(":")[2] or "auto",
+            graphs=graphs,
             clock=setup.clock,
         )
     dtype = model.get_input_embeddings().weight.dtype
-    slots = max(1, len(setup.folders))
-    pool = Pool(Layout.of(model), slots, 1, setup.kv_tokens, "separate", dtype, model.device)
-    pool.adapters = None  # these arms keep their adapters themselves
+    loader = Ready() if payloads is None or not ours else Given(payloads)
+    slots, ranks = (setup.slots, setup.rank) if ours else (max(1, len(setup.folders)), 1)
+    layout = Layout.of(model)
+    pool = Pool(
+        layout, slots, ranks, setup.kv_tokens, setup.policy if ours else "separate", dtype, model.device
+    )
+    if ours:
+        executor = ModelExecutor(model, layout, pool, name.partition(":")[2] or "auto", graphs, setup.batch)
+    else:
+        pool.adapters = None  # these arms keep their adapters themselves
     if name == "base":
-        executor = Plain(model, pool)
+        executor = Plain(model, pool, graphs, setup.batch)
     elif name == "peft_mixed":
-        executor = PeftMixed(model, pool, setup.folders)
+        peft = (
+            load_peft(model, setup.folders) if payloads is None else payloads.peft(model, list(setup.folders))
+        )
+        executor = PeftMixed(model, pool, peft)
     elif name == "peft_switch":
         executor = Grouped(model, pool, Switch(model, setup.folders))
     elif name == "merged":
-        executor = Grouped(model, pool, Copies(setup.model, setup.folders))
-    else:
+        executor = Grouped(model, pool, Copies(setup.model, setup.folders, payloads))
+    elif not ours:
         raise LabsError(f"There is no arm {name!r}: engine, engine:<op>, {', '.join(FOREIGN)}.")
     return Engine.from_parts(
         executor,
         pool,
-        Ready(),
+        loader,
         max_tokens=model.config.max_position_embeddings,
         vocabulary=model.get_input_embeddings().num_embeddings,
         max_batch=setup.batch,
@@ -288,8 +315,8 @@ class Verdict:
 class Oracle:
     """The truth about greedy answers: each token must be the best of the model that PEFT merged, given those before."""
 
-    def __init__(self, model, folders: Mapping[str, Path], keep: int = 64) -> None:
-        self.witness = Witness(model, folders.__getitem__, copies=keep)
+    def __init__(self, model, folders: Mapping[str, Path], keep: int = 64, witness=None) -> None:
+        self.witness = witness or Witness(model, folders.__getitem__, copies=keep)
         self.tie = TIES[model.get_input_embeddings().weight.dtype]
 
     @torch.inference_mode()

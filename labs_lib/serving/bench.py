@@ -23,6 +23,8 @@ from labs_lib import quiet
 from labs_lib.errors import LabsError
 
 SECTIONS = ("decode", "threads", "throughput", "scale", "latency", "profile", "twin")
+LARGE = ("grid", "fleet")  # for a model of real size: `bench_grid`
+REAL_SIZE = 5e8  # parameters, from which on these are the default
 OPS = ("gather", "tiles", "blocks", "segments", "grouped", "sgmv", "loop")
 TIERS = ("hits", "moved", "loads", "evictions", "drops")
 PROMPT = 32  # tokens of each prompt in the decode section
@@ -51,7 +53,13 @@ class Plan:
     dtype: str = "float32"
     threads: int = 1  # of torch on a CPU: steps this small are slower on two, see the section of that name
     seed: int = 0
-    sections: tuple[str, ...] = SECTIONS
+    graphs: str = "auto"
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)  # of the grid
+    ranks: tuple[int, ...] = (16, 8, 64)
+    counts: tuple[int, ...] = (1, 10, 50, 100, 1000)  # registered adapters of the fleet
+    payload_gb: float = 4.0  # host memory for the adapters of these two
+    minutes: float | None = None  # that these two may take together
+    sections: tuple[str, ...] | None = None  # None chooses by the model's size
 
     @property
     def engine(self) -> str:
@@ -78,7 +86,7 @@ class Bench:
         plan = self.plan
         chosen = dict(list(self.folders.items())[: adapters or plan.adapters])
         settings = {"batch": plan.batch, "slots": plan.slots, "rank": plan.rank, "policy": plan.policy}
-        settings["kv_tokens"] = 256 * plan.batch
+        settings |= {"kv_tokens": 256 * plan.batch, "graphs": plan.graphs}
         return Setup(self.model, chosen, **(settings | changes))
 
     @property
@@ -185,16 +193,16 @@ def able_ops(bench: Bench) -> list[str]:
 class Decoding:
     """A full batch of rows with an adapter each, all past their prompts, for as many steps as asked for."""
 
-    def __init__(self, name: str, engine, bench: Bench, steps: int) -> None:
+    def __init__(self, name: str, engine, bench: Bench, steps: int, prompt: int = PROMPT) -> None:
         from labs_lib.serving.types import Request
 
         plan, rng = bench.plan, np.random.default_rng(bench.plan.seed)
         self.engine, self.results = engine, []
-        shas = [None if name == "base" else sha for sha in bench.shas[: plan.batch]]
+        shas = [None if name.startswith("base") else sha for sha in bench.shas[: plan.batch]]
         engine.generate([Request([3], "warm-up", sha, max_tokens=1) for sha in shas])  # all on the device now
         for k, sha in enumerate(shas):
-            prompt = rng.integers(3, bench.vocabulary, PROMPT).tolist()
-            request = Request(prompt, f"tenant-{k}", sha, max_tokens=steps + 8, ignore_eos=True)
+            words = rng.integers(3, bench.vocabulary, prompt).tolist()
+            request = Request(words, f"tenant-{k}", sha, max_tokens=steps + 8, ignore_eos=True)
             engine.submit(request, on_end=self.results.append)
         while len(engine.running) < plan.batch:
             engine.step()
@@ -574,9 +582,27 @@ def run(plan: Plan, folder: Path) -> list[dict]:
     from labs_lib.serving.arms import Oracle
     from labs_lib.serving.workload import random_adapters
 
+    known = (*SECTIONS, *LARGE)
+    if unknown := set(plan.sections or ()) - set(known):
+        raise LabsError(f"There is no section {min(unknown)!r}; there are: {', '.join(known)}.")
+    from labs_lib.serving.bench_grid import Budget, Made, fleet, grid
+
+    budget = Budget(plan.minutes)
     model = load(plan)
-    if unknown := set(plan.sections) - set(SECTIONS):
-        raise LabsError(f"There is no section {min(unknown)!r}; there are: {', '.join(SECTIONS)}.")
+    if plan.sections is None:
+        plan = replace(plan, sections=LARGE if model.num_parameters() > REAL_SIZE else SECTIONS)
+    rows = []
+    if set(plan.sections) & set(LARGE):
+        large = Bench(plan, model, {})
+        made = Made(large)
+        for section, measure in (("grid", grid), ("fleet", fleet)):
+            if section in plan.sections:
+                _say(f"section {section}")
+                rows += measure(large, budget, made)
+        del made, large  # their copy of the model
+        if not set(plan.sections) & set(SECTIONS):
+            return rows
+    plan = replace(plan, sections=tuple(each for each in plan.sections if each in SECTIONS))
     needs_many = {"scale", "twin"} & set(plan.sections)
     count = max(plan.many if needs_many else 0, plan.adapters, plan.batch)
     _say(f"writing {count} adapters of rank {plan.rank}")
@@ -585,7 +611,7 @@ def run(plan: Plan, folder: Path) -> list[dict]:
     gc.collect()
     gc.freeze()  # what is here stays: a collection between two plays need not look at it again
     try:
-        return _sections(bench, oracle)
+        return rows + _sections(bench, oracle)
     finally:
         gc.unfreeze()
 
@@ -637,27 +663,36 @@ def tell_apart(bench: Bench, oracle) -> dict:
         trace = bench.trace(uniform(min(8, plan.adapters)), plan.seed, 32)
         run = bench.play(plan.engine, built[plan.engine], trace)
     _right(plan.engine, oracle.verify(run.results))
+    shas = bench.shas[: plan.adapters]
+    return refusals(oracle, run.results, lambda sha: shas[(shas.index(sha) + 1) % len(shas)])
+
+
+def refusals(oracle, results: Sequence, other: Callable[[str], str]) -> dict:
+    """Hold each answer against the adapter `other(its own)`: a row that says how many the oracle refused."""
     refused = 0
-    for result in run.results:
-        other = bench.shas[(bench.shas.index(result.request.adapter) + 1) % plan.adapters]
-        refused += not oracle.verify([replace(result, request=replace(result.request, adapter=other))]).right
-    if refused < len(run.results) / 2:
+    for result in results:
+        wrong = replace(result, request=replace(result.request, adapter=other(result.request.adapter)))
+        refused += not oracle.verify([wrong]).right
+    if refused < len(results) / 2:
         raise LabsError(
             "The adapters answer too much alike for the oracle to tell them apart: make them stronger."
         )
-    return {"section": "oracle", "answers": len(run.results), "refused_for_another_tenant": refused}
+    return {"section": "oracle", "answers": len(results), "refused_for_another_tenant": refused}
 
 
 def load(plan: Plan):
-    """The model: a base by its name, or `random:HIDDENxLAYERS` for one of real size with random weights."""
+    """The model: a base by its name; or of real size with random weights, a twin's name or `random:HIDDENxLAYERS`."""
     import torch
 
     from labs_lib.models.base import SIZES, load_base
+    from labs_lib.models.twins import TWINS, random_like
 
-    quiet.hub(
-        wanted=not (plan.model in SIZES or plan.model.startswith("random:") or Path(plan.model).is_dir())
-    )
+    local = plan.model in SIZES or plan.model in TWINS or plan.model.startswith("random:")
+    quiet.hub(wanted=not (local or Path(plan.model).is_dir()))
     dtype = getattr(torch, plan.dtype)
+    if plan.model in TWINS:
+        torch.manual_seed(plan.seed)
+        return random_like(plan.model, plan.device, dtype)
     if not plan.model.startswith("random:"):
         return load_base(plan.model, dtype=dtype, device=plan.device)[0]
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -683,12 +718,26 @@ def _say(text: str) -> None:
     print(f"  {text}", flush=True)
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """An argument like 1,8,64."""
+    try:
+        found = tuple(int(word) for word in text.split(","))
+        if min(found) < 1:
+            raise ValueError
+        return found
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of whole numbers above 0, as in 1,8,64"
+        ) from None
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan = Plan()
     parser.add_argument(
         "--model",
         default=plan.model,
-        help="a base, a folder, a hub id, or random:HIDDENxLAYERS (default: %(default)s)",
+        help="a base, a folder, a hub id; of random weights a twin (llama-2-7b) or random:HIDDENxLAYERS "
+        "(default: %(default)s)",
     )
     for name, told in {
         "adapters": "adapters that share the engine",
@@ -716,9 +765,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy", choices=["separate", "unified"], default=plan.policy, help="memory of the pool"
     )
     parser.add_argument("--device", default=plan.device, help="default: %(default)s")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=plan.dtype)
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU, else float32"
+    )
+    parser.add_argument(
+        "--graphs", choices=["auto", "on", "off"], default=plan.graphs, help="recorded decode steps"
+    )
+    parser.add_argument(
+        "--batches", type=numbers, default=plan.batches, help="of the grid (default: 1,2,4,...,64)"
+    )
+    parser.add_argument(
+        "--ranks", type=numbers, default=plan.ranks, help="of the grid and fleet (default: 16,8,64)"
+    )
+    parser.add_argument(
+        "--counts",
+        type=numbers,
+        default=plan.counts,
+        help="of the fleet's adapters (default: 1,10,50,100,1000)",
+    )
+    parser.add_argument(
+        "--payload-gb",
+        type=float,
+        default=plan.payload_gb,
+        help="host memory for random adapters of grid and fleet; beyond it they share weights (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="for grid and fleet; what is not reached is said (default: no limit)"
+    )
     parser.add_argument("--threads", type=int, default=plan.threads, help="of torch (default: %(default)s)")
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas (default: all)")
+    parser.add_argument(
+        "--only",
+        help=f"sections, with commas (default: {','.join(LARGE)} from half a billion parameters on, else "
+        f"{','.join(SECTIONS)})",
+    )
     parser.add_argument("--quick", action="store_true", help="a minute's look; nothing to publish")
 
 
@@ -737,9 +816,15 @@ def main(args: argparse.Namespace) -> int:
     given |= {
         "threads": args.threads,
         "device": args.device,
-        "dtype": args.dtype,
-        "sections": tuple(args.only.split(",")),
+        "dtype": args.dtype or ("bfloat16" if torch.device(args.device).type == "cuda" else "float32"),
+        "sections": tuple(args.only.split(",")) if args.only else None,
     }
+    given |= {
+        name: getattr(args, name)
+        for name in ("graphs", "batches", "ranks", "counts", "payload_gb", "minutes")
+    }
+    if args.minutes is not None and args.minutes <= 0 or args.payload_gb <= 0:
+        raise LabsError("--minutes and --payload-gb must be above 0.")
     plan = Plan.quick(**given) if args.quick else Plan(**given)
     if (
         min(

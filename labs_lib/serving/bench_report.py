@@ -33,6 +33,35 @@ def tables(rows: Sequence[dict]) -> str:
         return "" if row.get(name) is None else f"{row[name]:,.0f}"
 
     lines = []
+    for rank in sorted({row["rank"] for row in of("grid")}):
+        found = [row for row in of("grid") if row["rank"] == rank]
+        batches = sorted({row["batch"] for row in found})
+        lines += [f"\nDecode step, rank {rank}, an adapter for each row: ms (times the base's speed)"]
+        lines += [f"  {'batch':<34}" + "".join(f"{batch:>15}" for batch in batches)]
+        for arm in dict.fromkeys(row["arm"] for row in found):
+            mine = {row["batch"]: row for row in found if row["arm"] == arm and "ms" in row}
+            cells = [
+                f"{mine[batch]['ms']:.2f} ({mine[batch]['of_base']:.2f})" if batch in mine else "no room"
+                for batch in batches
+            ]
+            lines += [f"  {_label(arm):<34}" + "".join(f"{cell:>15}" for cell in cells)]
+        ours = [
+            row for row in found if row["arm"].startswith("engine") and "/" not in row["arm"] and "ms" in row
+        ]
+        added = {row["batch"]: f"{row['added_ms']:+.2f}" for row in ours}
+        lines += [
+            f"  {'ms that adapters add per token':<34}" + "".join(f"{added.get(b, ''):>15}" for b in batches)
+        ]
+    if found := [row for row in of("fleet") if row["arm"] != "base"]:
+        lines += ["\nThroughput, registered adapters asked for alike"]
+        lines += [f"  {'adapters':>8} {'rank':>5} {'slots':>6} {'tokens/s':>9}  of base alone"]
+        lines += [
+            f"  {row['adapters']:>8,} {row['rank']:>5} {row['slots']:>6} {row['tokens_per_s']:>9,.0f}  "
+            f"{pm(row, 'of_base')}"
+            for row in sorted(found, key=lambda row: (row["rank"], row["adapters"]))
+        ]
+    for row in of("not reached"):
+        lines += [f"\nNot reached in {row['minutes']:g} minutes: {row['what']}"]
     if found := of("decode"):
         lines += [f"\nDecode step, batch {found[0]['batch']} of {found[0]['distinct']} distinct adapters"]
         lines += [f"  {'arm':<34}{'ms':>9}  {'speed of base':<20} {'speed of PEFT mixed':<22}"]
@@ -131,6 +160,8 @@ def figure(rows: Sequence[dict], path: Path) -> Path | None:
     panels = [
         (draw, found)
         for draw, found in (
+            (_grid_panel, [row for row in rows if row["section"] == "grid" and "ms" in row]),
+            (_fleet_panel, [row for row in rows if row["section"] == "fleet" and row["arm"] != "base"]),
             (_decode_panel, [row for row in rows if row["section"] == "decode"]),
             (_throughput_panel, [row for row in rows if row["section"] == "throughput"]),
             (_profile_panel, [r for r in rows if r["section"] == "profile" and f"ms: {KINDS[0]}" in r]),
@@ -153,7 +184,65 @@ def figure(rows: Sequence[dict], path: Path) -> Path | None:
 
 
 def _called(arm: str) -> str:
-    return SHORT.get(arm, arm.replace("engine:", "engine, "))
+    name, _, how = arm.partition("/")
+    said = SHORT.get(name, name.replace("engine:", "engine, "))
+    return f"{said}, not recorded" if how == "eager" else said
+
+
+def _label(arm: str) -> str:
+    from labs_lib.serving.arms import FOREIGN
+
+    name, _, how = arm.partition("/")
+    return FOREIGN.get(name, name) + (", not recorded" if how == "eager" else "")
+
+
+def _grid_panel(ax, rows: Sequence[dict]) -> str:
+    """Milliseconds of a decode step by batch, at the rank that has most batches."""
+    ranks = [row["rank"] for row in rows]
+    rank = max(dict.fromkeys(ranks), key=ranks.count)
+    rows = [row for row in rows if row["rank"] == rank]
+    told = []
+    for number, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
+        mine = sorted((row["batch"], row["ms"]) for row in rows if row["arm"] == arm)
+        color = "#5F5F5F" if arm.startswith("base") else f"C{number}"
+        line = "--" if arm.endswith("/eager") else "-"
+        ax.plot(*zip(*mine, strict=True), marker="o", color=color, linestyle=line, label=_called(arm))
+        told.append(f"{_called(arm)} " + ", ".join(f"{ms:.3g} at {batch}" for batch, ms in mine))
+    batches = sorted({row["batch"] for row in rows})
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(batches, [str(batch) for batch in batches])
+    ax.minorticks_off()
+    _plain(ax.yaxis)
+    ax.set_xlabel(f"rows, each with its own adapter of rank {rank}")
+    ax.set_ylabel("milliseconds of a decode step")
+    last = next(row for row in rows if row["batch"] == batches[-1] and row["arm"].startswith("engine"))
+    ax.set_title(f"{batches[-1]} adapters at {last['of_base']:.2f} of the base's speed")
+    ax.legend(fontsize=8)
+    return f"Milliseconds of a decode step at rank {rank}: {'; '.join(told)}."
+
+
+def _fleet_panel(ax, rows: Sequence[dict]) -> str:
+    """Throughput against the base alone by registered adapters."""
+    told = []
+    for number, rank in enumerate(sorted({row["rank"] for row in rows})):
+        mine = sorted((row["adapters"], row["of_base"]) for row in rows if row["rank"] == rank)
+        ax.plot(*zip(*mine, strict=True), marker="o", color=f"C{number}", label=f"rank {rank}")
+        told.append(f"rank {rank} " + ", ".join(f"{of:.2f} with {count}" for count, of in mine))
+    counts = sorted({row["adapters"] for row in rows})
+    ax.axhline(1, color="#5F5F5F", linewidth=1, linestyle=(0, (4, 3)))
+    ax.set_xscale("log")
+    ax.set_xticks(counts, [f"{count:,}" for count in counts])
+    ax.minorticks_off()
+    ax.set_ylim(0, 1.25)
+    ax.set_xlabel("registered adapters")
+    ax.set_ylabel("tokens per second, base alone = 1")
+    most = [row for row in rows if row["adapters"] == counts[-1]]
+    ax.set_title(
+        f"{counts[-1]:,} adapters at {min(row['of_base'] for row in most):.2f} of the base's throughput"
+    )
+    ax.legend(fontsize=8)
+    return f"Throughput over that of the base alone by registered adapters: {'; '.join(told)}."
 
 
 def _decode_panel(ax, rows: Sequence[dict]) -> str:

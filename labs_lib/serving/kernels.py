@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from labs_lib.errors import LabsError
+from labs_lib.serving.bench import numbers
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 COLD = 256 << 20  # bytes of weights that are cycled through: they come from memory then, not from the cache
@@ -281,28 +282,16 @@ def _say(text: str) -> None:
     print(f"  {text}", flush=True)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        found = tuple(int(word) for word in text.split(","))
-        if min(found) < 1:
-            raise ValueError
-        return found
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no list of whole numbers above 0, as in 1,8,64"
-        ) from None
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan = Plan()
     parser.add_argument(
         "--model", default=plan.model, help="a twin, or HIDDENxINTERMEDIATE (default: %(default)s)"
     )
     parser.add_argument(
-        "--rows", type=_numbers, default=plan.rows, help="of the batch (default: 1,2,4,...,64)"
+        "--rows", type=numbers, default=plan.rows, help="of the batch (default: 1,2,4,...,64)"
     )
     parser.add_argument(
-        "--ranks", type=_numbers, default=plan.ranks, help="of the adapters (default: 16,8,64)"
+        "--ranks", type=numbers, default=plan.ranks, help="of the adapters (default: 16,8,64)"
     )
     parser.add_argument("--ops", default=",".join(plan.ops), help="with commas (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=plan.rounds, help="of all arms (default: %(default)s)")
