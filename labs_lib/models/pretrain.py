@@ -141,7 +141,7 @@ def train_stage(
         seed=RECIPE["seed"],
         report_to=[],
     )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # else the Trainer spreads every batch over all GPUs that it sees
+    arguments._n_gpu = min(1, arguments.n_gpu)  # else the Trainer spreads each batch over all GPUs
     trainer = CompletionTrainer(
         model=model, args=arguments, train_dataset=PackedDocuments(), callbacks=[StopEarly()]
     )

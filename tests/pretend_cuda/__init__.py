@@ -7,8 +7,10 @@ device (`modes.Calls`); another sees every operator, also in backward, and raise
     with pretend("gpu"):
         model.to("cuda")(ids.to("cuda"))
 
-    python -m tests.pretend_cuda --small solutions/01_lora.py     (the profile is $PROFILE: gpu or t4)
+    PROFILE=gpu python -m tests.pretend_cuda --small solutions/01_lora.py     (or t4, a smaller card)
     python -m tests.pretend_cuda -m labs_lib doctor
+
+With `noise` sums are off by a last digit, each time by another: what holds then needs no certain order of summation.
 
 What it proves: tensors, generators and gradients that meet lie on one device; nothing of the device reaches NumPy
 without `.cpu()`; code takes the ways that it takes for a CUDA device (Trainer, optimisers' `foreach` and `fused`,

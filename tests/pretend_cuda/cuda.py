@@ -1,6 +1,6 @@
 """A `torch.cuda` that tells of one card, and the other doors of torch that a device comes in by.
 
-Each patch is listed in `patches`; `Pretend` applies them and takes them back.
+`Pretend` applies the patches, which stand in `_patches`, and takes them back.
 """
 
 import threading

@@ -158,7 +158,7 @@ class Calls(TorchFunctionMode):
             return func(*args, **kwargs)
         if isinstance(
             func, OpOverload
-        ):  # passed on by another mode (a FLOP counter): `device` is C++'s word, not a wish
+        ):  # from another mode (a FLOP counter): `device` is C++'s word, no wish
             return func(*args, **kwargs)
         wanted = named(kwargs["device"]) if kwargs.get("device") is not None else None
         if func in ANSWERS:
@@ -176,9 +176,15 @@ class Calls(TorchFunctionMode):
         if func is T.__deepcopy__:  # copies bytes, not tensors
             return tag(result) if tagged(args[0]) else result
         if wanted is DEVICE and isinstance(result, torch.Tensor) and not tagged(result):
-            given = {id(storage(each)) for each in tensors_in((args, kwargs))}
-            return copied(result, DEVICE) if id(storage(result)) in given else tag(result)
+            shared = any(_same_memory(result, each) for each in tensors_in((args, kwargs)))  # as_tensor
+            return copied(result, DEVICE) if shared else tag(result)
         return result
+
+
+def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    with torch._C.DisableTorchFunction():
+        memories = storage(one), storage(other)
+        return None not in memories and memories[0]._cdata == memories[1]._cdata
 
 
 def _check_generator(args, kwargs) -> None:
