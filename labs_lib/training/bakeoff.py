@@ -71,10 +71,7 @@ BAKEOFF = Sweep(
     tasks=TASKS,
     rates=(),
     seeds=5,
-    more={
-        ("*", "classification"): 20,
-        **dict.fromkeys(((arm, "style") for arm in ("prompt 20", "full fine-tuning")), 20),
-    },
+    more={("*", "style"): 20, ("*", "classification"): 20},  # where five could not tell
     widen=2,
     refine=0.99,
     gentle=True,
@@ -148,7 +145,9 @@ def main(args: argparse.Namespace) -> int:
     check_device(args.device)
     if args.costs:
         if args.device != "cpu":
-            raise LabsError("--costs are counted, not timed, and the same on every device: leave --device out.")
+            raise LabsError(
+                "--costs are counted, not timed, and the same on every device: leave --device out."
+            )
         path = record_costs()
     else:
         path = run_sweep(BAKEOFF, args.jobs, args.limit, args.device, args.seeds)
