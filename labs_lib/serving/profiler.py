@@ -161,16 +161,22 @@ class Limits:
 
 @torch.inference_mode()
 def limits(like: torch.Tensor) -> Limits:
-    """Measured with tensors far larger than any cache, of the type and on the device of `like`."""
-    n = 8192 if like.is_cuda else 512
-    square = torch.randn(n, n, device=like.device, dtype=like.dtype)
-    large = torch.zeros((1 << 29 if like.is_cuda else 1 << 24), device=like.device, dtype=like.dtype)
+    """Measured with tensors like `like`, as large as it takes to keep its device busy for a while."""
+
+    def product(n: int) -> float:
+        square = torch.randn(n, n, device=like.device, dtype=like.dtype)
+        return best_seconds(lambda: square @ square, like)
+
+    n, count = 512, 1 << 24
+    while (seconds := product(n)) < 1e-3 and n < 8192:
+        n *= 2
+    large = torch.ones(count, device=like.device, dtype=like.dtype)
+    while (reading := best_seconds(large.sum, like)) < 1e-3 and count < 1 << 29:
+        count *= 2
+        large = torch.ones(count, device=like.device, dtype=like.dtype)
     other = torch.empty_like(large)
-    return Limits(
-        read=large.nbytes / best_seconds(large.sum, like),
-        copy=2 * large.nbytes / best_seconds(lambda: other.copy_(large), like),
-        rate=2 * n**3 / best_seconds(lambda: square @ square, like),
-    )
+    copying = best_seconds(lambda: other.copy_(large), like)
+    return Limits(large.nbytes / reading, 2 * large.nbytes / copying, 2 * n**3 / seconds)
 
 
 @torch.inference_mode()
