@@ -813,6 +813,23 @@ show(fig, alt=f"Stacked bars of memory for Llama-2-7B. {listed}.")
 # %%
 print("GPU record of the sweep:", load_record("sweep_qlora", device="gpu"))
 
+# %% [markdown]
+# Where somebody has measured it: a training step's peak memory, all of it, and its time over LoRA's; then a decoded token.
+
+# %%
+from labs_lib.measure.sides import side_by_side, step_cost, token_cost
+
+named = ["LoRA r16", "QLoRA r16"]
+steps = side_by_side("bench_training", named, step_cost, "labs bench training", checkpointing=False)
+print(steps)
+table(steps.rows)
+
+# %%
+named = ["base", "4-bit base", "LoRA", "QLoRA"]
+tokens = side_by_side("bench_inference", named, token_cost, "labs bench inference", what="decode", batch=1)
+print(tokens)
+table(tokens.rows)
+
 # %% [markdown] tags=["takeaway"]
 # "Very low memory" holds for training. "Zero overhead after merging" does not hold for QLoRA: either the merged model is
 # another model, or it is a model of the full size. Served without merging, it keeps the memory and pays for the adapter
