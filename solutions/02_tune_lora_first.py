@@ -142,8 +142,8 @@ for name, optimizer, lr in (("sgd", torch.optim.SGD, 0.05), ("adam", torch.optim
 # %% [markdown]
 # ## 4. Train it
 # The sweep: each arm learns 512 new facts (3.1 kbit, 150 steps) with a grid of learning rates, then runs its best rate
-# with five fresh seeds. Only those are reported. That takes a while (`labs sweep tune_lora`), so this notebook loads
-# the record.
+# with fresh seeds: five, or twenty where five could not tell. Only those are reported. That takes a while (`labs sweep
+# tune_lora`), so this notebook loads the record.
 #
 # **Predict**: which spreads the scores more, the learning rate or the choice of target modules?
 
@@ -156,9 +156,13 @@ for each in (record, style_record):
 
 
 def scores(name, source=record):
-    """Scores of an arm's fresh seeds at its best rate, in percent, ordered by seed."""
+    """Seed -> score in percent, of an arm's fresh seeds at its best rate."""
     rows = [r for r in source.rows if r["arm"]["name"] == name and r["stage"] == "final"]
-    return [100 * row["score"] for row in sorted(rows, key=lambda row: row["seed"])]
+    return {row["seed"]: 100 * row["score"] for row in rows}
+
+
+def mean(name):
+    return mean_ci(list(scores(name).values()))
 
 
 def swept(name, source=record):
@@ -198,7 +202,7 @@ show(
 )
 
 # %% [markdown]
-# Each arm at its own best rate, on five fresh seeds. *Edge* marks an arm whose best rate is the first or the last of its
+# Each arm at its own best rate, on its fresh seeds. *Edge* marks an arm whose best rate is the first or the last of its
 # grid: beyond, it might do better still.
 
 # %%
@@ -210,7 +214,7 @@ for arm in arms:
     best, edge = pick_rate(rates)
     row = {"arm": arm, "trained": f"{rows[0]['params']:,}", "best rate": f"{best:g}"}
     row["edge"] = "edge" if edge and len(rates) > 1 else ""
-    row["new facts %"] = f"{mean_ci(scores(arm)).value:.1f}"
+    row["new facts %"] = f"{mean(arm).value:.1f}"
     row["old facts kept %"] = f"{mean_ci([100 * r['kept'] for r in rows]).value:.1f}"
     results.append(row)
 table(results)
@@ -223,7 +227,7 @@ for ax, names in (
     (right, ["LoRA r2, all linear", "LoRA r8, all linear", "LoRA r64, all linear"]),
 ):
     for row, name in enumerate(names):
-        estimate = mean_ci(scores(name))
+        estimate = mean(name)
         ax.errorbar(
             row,
             estimate.value,
@@ -232,18 +236,19 @@ for ax, names in (
             capsize=5,
             color=look("lora").color,
         )
-        ax.plot([row] * 5, scores(name), "_", color=look("lora").color, alpha=0.5)
+        seeds = scores(name).values()
+        ax.plot([row] * len(seeds), seeds, "_", color=look("lora").color, alpha=0.5)
     ax.set_xticks(range(len(names)), [name.removeprefix("LoRA ").replace(", ", "\n") for name in names])
     ax.margins(x=0.15)
 finding(
     left,
-    f"Best place at equal parameters: {max(equal, key=lambda a: mean_ci(scores(a)).value).split(', ')[1]}",
+    f"Best place at equal parameters: {max(equal, key=lambda a: mean(a).value).split(', ')[1]}",
     "target modules, at most 20,000 parameters",
     "new facts recalled (%)",
 )
 finding(
     right,
-    f"Rank 64 over rank 2: {mean_ci(scores('LoRA r64, all linear')).value - mean_ci(scores('LoRA r2, all linear')).value:+.0f} points",
+    f"Rank 64 over rank 2: {mean('LoRA r64, all linear').value - mean('LoRA r2, all linear').value:+.0f} points",
     "rank, all linear layers",
 )
 show(
@@ -263,7 +268,7 @@ point = next(r for r in record.rows if r["arm"]["name"] == "LoRA r8, all linear"
 base = lab.model_id or lab.size
 asked = {k: point[k] for k in kept_keys} | {"steps": lab.steps(point["steps"])}
 again = run_point(asked, base, lab.device)
-over_all = mean_ci(scores("LoRA r8, all linear"))
+over_all = mean("LoRA r8, all linear")
 print(f"recorded on small: {100 * point['score']:.1f} % with this seed, {over_all} over all seeds")
 print(f"now, on {base}: {100 * again['score']:.1f} %")
 
@@ -305,7 +310,11 @@ claim(50).observe(
 # %%
 settings = [scores(name) for name in arms if name.startswith("LoRA")]
 methods = [scores(name) for name in ("LoRA r8, all linear", "DoRA r8, all linear", "IA3")]
-spread = [[max(run) - min(run) for run in zip(*group, strict=True)] for group in (settings, methods)]
+shared = sorted(set.intersection(*map(set, settings + methods)))
+spread = [
+    [max(runs[seed] for runs in group) - min(runs[seed] for runs in group) for seed in shared]
+    for group in (settings, methods)
+]
 print(f"LoRA's settings span {mean_ci(spread[0])} points, methods at their best {mean_ci(spread[1])}")
 claim(55).observe(
     parts={

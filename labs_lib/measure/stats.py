@@ -7,7 +7,7 @@ the same code. scipy does the mathematics; this file fixes the conventions.
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -101,12 +101,22 @@ def mean_ci(values: Sequence[float], *, level: float = 0.95) -> Estimate:
     return Estimate(value, value - half, value + half, x.size, level, "t")
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float], *, level: float = 0.95) -> Estimate:
-    """Mean of `a - b` with its t interval; `a[i]` and `b[i]` share a seed, so its noise cancels."""
+#: One number per run: in an order that two of them share, or by the seed of the run.
+Runs = Sequence[float] | Mapping[int, float]
+
+
+def paired_difference(a: Runs, b: Runs, *, level: float = 0.95) -> Estimate:
+    """Mean of `a - b` with its t interval; `a[i]` and `b[i]` share a seed, so its noise cancels.
+
+    Of two mappings by seed those seeds count that both have.
+    """
     return mean_ci(_paired(a, b), level=level)
 
 
-def _paired(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
+def _paired(a: Runs, b: Runs) -> np.ndarray:
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        shared = sorted(a.keys() & b.keys())
+        a, b = ([runs[seed] for seed in shared] for runs in (a, b))
     x, y = _vector(a, "a"), _vector(b, "b")
     if x.size != y.size:
         raise ValueError(f"paired values need equal lengths, got {x.size} and {y.size}")
@@ -141,7 +151,7 @@ class Equivalence:
         return f"{word} within +-{self.margin:g}: difference {self.difference}, p = {self.p:.3g}"
 
 
-def paired_tost(a: Sequence[float], b: Sequence[float], margin: float, *, alpha: float = 0.05) -> Equivalence:
+def paired_tost(a: Runs, b: Runs, margin: float, *, alpha: float = 0.05) -> Equivalence:
     """Are paired `a` and `b` equal up to `margin`? Two one-sided paired t tests (Schuirmann, 1987).
 
     The null hypothesis is that they differ by the margin or more, so failing to reject proves nothing. It

@@ -86,6 +86,14 @@ def test_pairing_removes_the_seeds_noise():
         paired_difference([1, 2], [1, 2, 3])
 
 
+def test_runs_by_seed_are_paired_over_the_seeds_that_both_have():
+    """Twenty seeds of one arm and five of another, in any order."""
+    many = {seed: 10.0 * seed for seed in range(20, 0, -1)}
+    few = {3: 29.0, 1: 8.0, 2: 19.0, 99: 0.0}
+    assert paired_difference(many, few) == paired_difference([10, 20, 30], [8, 19, 29])
+    assert paired_tost(many, few, 5) == paired_tost([10, 20, 30], [8, 19, 29], 5)
+
+
 def test_wilson_against_its_formula():
     # 8 of 10 at z = 1.959964, by hand
     z, n, p = 1.959964, 10, 0.8
