@@ -25,8 +25,7 @@ def test_a_target_runs_with_its_own_options(monkeypatch):
         def main(args):
             return args.n
 
-    monkeypatch.setitem(bench.TARGETS, "trial", ("trial_bench", "a trial"))
-    monkeypatch.setattr(bench, "find_spec", lambda name: True)
+    monkeypatch.setattr(bench, "TARGETS", {"trial": ("trial_bench", "a trial")})
     monkeypatch.setattr(bench, "import_module", lambda name: Trial)
     assert cli.main(["bench", "trial", "--n", "7"]) == 7
 
