@@ -140,6 +140,29 @@ advise(Constraints(task="classification", trained=2_500, parameters=1e11), metho
 # %%
 advise(Constraints(overhead=0.0, kept=60.0), methods)
 
+# %% [markdown]
+# **What fits on my card?** Weights, gradients, optimizer states and activations of one step of 512 tokens, counted without a
+# weight, in bfloat16 (a T4 takes float16: the same bytes). In brackets: with activation checkpointing, which computes
+# activations twice instead of keeping them. Then the smallest of three cards on which the smaller of the two fills at most
+# nine tenths.
+
+# %%
+from labs_lib.lab.cards import table
+from labs_lib.measure import load_record
+from labs_lib.training import fits
+
+room = load_record(fits.RECORD, device="cpu").rows
+table(fits.table(room))
+
+# %%
+largest = {f"{card} GB": fits.fitting(room, card) for card in fits.CARDS}
+table(
+    [
+        {"the largest that fits": method} | {card: found[method] or "none" for card, found in largest.items()}
+        for method in fits.METHODS
+    ]
+)
+
 # %% [markdown] tags=["takeaway"]
 # A recommendation without its evidence cannot be wrong, and so it cannot be right. Ask a table of methods: on which tasks,
 # tuned how, how many seeds, and who was tied?
