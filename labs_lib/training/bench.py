@@ -297,12 +297,12 @@ def run(plan: Plan, log: Path, minutes: float = math.inf) -> tuple[list[dict], b
 
 
 def refreshing(costs: dict[int, dict], arm: "BenchArm", bases: Bases, until: float) -> dict:
-    """GaLore's decompositions, measured once for all its arms; a quarter of the time that is left goes to them."""
+    """GaLore's decompositions, measured once for all its arms; an eighth of the time that is left goes to them."""
     from labs_lib.training.bench_arms import refresh_costs
 
     rank = arm.arm.rank
     if rank not in costs:
-        costs[rank] = refresh_costs(bases.get(), rank, min(60.0, (until - time.monotonic()) / 4))
+        costs[rank] = refresh_costs(bases.get(), rank, min(60.0, (until - time.monotonic()) / 8))
     return costs[rank]
 
 
