@@ -56,6 +56,11 @@ class Plan:
     graphs: str = "auto"
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)  # of the grid
     ranks: tuple[int, ...] = (16, 8, 64)
+    peft: tuple[int, ...] = (
+        1,
+        8,
+        32,
+    )  # batches of the grid at which PEFT is measured: its adapters take seconds each
     counts: tuple[int, ...] = (1, 10, 50, 100, 1000)  # registered adapters of the fleet
     payload_gb: float = 4.0  # host memory for the adapters of these two
     minutes: float | None = None  # that these two may take together
@@ -598,7 +603,8 @@ def run(plan: Plan, folder: Path) -> list[dict]:
         for section, measure in (("grid", grid), ("fleet", fleet)):
             if section in plan.sections:
                 _say(f"section {section}")
-                rows += measure(large, budget, made)
+                part = 0.6 if section == "grid" and "fleet" in plan.sections else 1.0
+                rows += measure(large, budget.share(part), made)
         del made, large  # their copy of the model
         if not set(plan.sections) & set(SECTIONS):
             return rows
@@ -778,6 +784,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks", type=numbers, default=plan.ranks, help="of the grid and fleet (default: 16,8,64)"
     )
     parser.add_argument(
+        "--peft", type=numbers, default=plan.peft, help="batches at which PEFT takes part (default: 1,8,32)"
+    )
+    parser.add_argument(
         "--counts",
         type=numbers,
         default=plan.counts,
@@ -821,7 +830,7 @@ def main(args: argparse.Namespace) -> int:
     }
     given |= {
         name: getattr(args, name)
-        for name in ("graphs", "batches", "ranks", "counts", "payload_gb", "minutes")
+        for name in ("graphs", "batches", "ranks", "peft", "counts", "payload_gb", "minutes")
     }
     if args.minutes is not None and args.minutes <= 0 or args.payload_gb <= 0:
         raise LabsError("--minutes and --payload-gb must be above 0.")

@@ -33,6 +33,9 @@ PAST = 80  # tokens of each prompt: with the steps that follow, one size of wind
 WARM = 4
 SLOW_ROUNDS = 3  # of arms whose step takes many times the base's
 CHECKED = 8  # adapters whose answers are verified
+# Of the fleet's requests. All have one length, so that a whole batch starts and ends together: what is compared is
+# mostly decoding, not how often prompts of single requests interrupt it.
+PROMPT, OUTPUT, WAVES = 32, 64, 4
 
 
 class Budget:
@@ -41,6 +44,11 @@ class Budget:
     def __init__(self, minutes: float | None) -> None:
         self.end = None if minutes is None else time.monotonic() + 60 * minutes
         self._longest: dict[str, float] = {}
+
+    def share(self, part: float) -> "Budget":
+        """A part of what is left."""
+        now = time.monotonic()
+        return Budget(None if self.end is None else part * (self.end - now) / 60)
 
     def allows(self, kind: str) -> bool:
         return self.end is None or time.monotonic() + self._longest.get(kind, 0.0) < self.end
@@ -213,10 +221,11 @@ def _recorded(bench: Bench) -> bool:
 
 
 def fleet(bench: Bench, budget: Budget, made: Made) -> list[dict]:
-    """Tokens per second with many registered adapters, each alike, against the base alone on the same trace."""
-    from labs_lib.serving.workload import uniform
+    """Tokens per second with many registered adapters, asked for alike, against the base alone on the same trace."""
+    from labs_lib.serving.workload import closed, uniform
 
     plan, rows, missed = bench.plan, [], []
+    requests = min(plan.requests, WAVES * plan.batch)
     counts = sorted(
         plan.counts, key=lambda count: (count != 100, count != 1, -count)
     )  # what claim 32 says, first
@@ -230,11 +239,15 @@ def fleet(bench: Bench, budget: Budget, made: Made) -> list[dict]:
         slots = _slots(bench, count, payloads.nbytes)
         setup = large.setup(count, slots=slots, payloads=payloads, host_bytes=1 << 60)
         alone = large.setup(1, payloads=payloads)
-        trace = partial(large.trace, uniform(count))
-        arms = {"base": ("base", alone, trace), plan.engine: (plan.engine, setup, trace)}
+        trace = partial(closed, requests, uniform(count), prompt=PROMPT, output=OUTPUT)
+        arms = {
+            name: (name, settings, lambda seed, trace=trace: trace(seed=seed))
+            for name, settings in (("base", alone), (plan.engine, setup))
+        }
         name = f"{count} adapters of rank {rank}"
         more, _ = compare(large, made.oracle, name, arms, ("base",), sample=CHECKED)
         common = {"section": "fleet", "adapters": count, "rank": rank, "slots": slots}
+        common |= {"batch": plan.batch, "prompt": PROMPT, "output": OUTPUT}
         rows += [row | common | {"payloads": min(count, payloads.distinct)} for row in more]
         budget.took("fleet", time.monotonic() - started)
     if missed:

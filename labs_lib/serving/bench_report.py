@@ -39,10 +39,10 @@ def tables(rows: Sequence[dict]) -> str:
         lines += [f"\nDecode step, rank {rank}, an adapter for each row: ms (times the base's speed)"]
         lines += [f"  {'batch':<34}" + "".join(f"{batch:>15}" for batch in batches)]
         for arm in dict.fromkeys(row["arm"] for row in found):
-            mine = {row["batch"]: row for row in found if row["arm"] == arm and "ms" in row}
+            mine = {row["batch"]: row for row in found if row["arm"] == arm}
             cells = [
-                f"{mine[batch]['ms']:.2f} ({mine[batch]['of_base']:.2f})" if batch in mine else "no room"
-                for batch in batches
+                f"{row['ms']:.2f} ({row['of_base']:.2f})" if "ms" in row else "no room" if row else ""
+                for row in (mine.get(batch, {}) for batch in batches)
             ]
             lines += [f"  {_label(arm):<34}" + "".join(f"{cell:>15}" for cell in cells)]
         ours = [

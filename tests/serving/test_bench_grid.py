@@ -15,7 +15,15 @@ from .conftest import small_model
 
 
 def plan(**changes) -> bench.Plan:
-    small = {"batches": (1, 3), "ranks": (4,), "counts": (1, 5), "rounds": 2, "steps": 1, "repeats": 2}
+    small = {
+        "batches": (1, 3),
+        "ranks": (4,),
+        "counts": (1, 5),
+        "rounds": 2,
+        "steps": 1,
+        "repeats": 2,
+        "peft": (1, 3),
+    }
     return bench.Plan(**(small | {"requests": 8, "batch": 4, "sections": ("grid", "fleet")} | changes))
 
 
@@ -122,7 +130,9 @@ def test_a_case_starts_only_if_its_like_would_fit():
     assert budget.allows("grid")
     budget.took("grid", 61.0)
     assert not budget.allows("grid") and budget.allows("fleet")
-    assert Budget(None).allows("grid")
+    assert Budget(None).allows("grid") and Budget(None).share(0.5).end is None
+    whole = Budget(10.0)
+    assert whole.share(0.5).end < whole.end
 
 
 def test_what_is_asked_about_most_comes_first():
