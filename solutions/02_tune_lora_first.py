@@ -324,9 +324,8 @@ claim(55).observe(
 )
 
 # %% [markdown]
-# On facts the verdicts are clear; on style they cannot be told yet. There every setting writes nearly every text exactly
-# right, so what is left to gain is a few points, and five seeds cannot tell a few points from none. More seeds would,
-# or a style that is harder to reach.
+# On facts the differences are large. On style every setting writes nearly every text exactly right, so what is left to
+# gain is a few points. Five seeds could not tell them from none, twenty do: that is what a small difference costs.
 #
 # One more comparison, the one that the next labs are about:
 
