@@ -29,6 +29,8 @@ lab = setup(lab="14", profile=PROFILE, model_id=MODEL_ID)
 # 4. Of equally good rates the lowest, which forgets least.
 # 5. Five fresh seeds at that rate, on rows that the choice has not seen. (Facts excepted: nobody can recall a fact that was
 #    not trained, so there is nothing to hold out.)
+#
+# One step came later: on the style and the reviews five seeds left most methods tied, so everybody got fifteen more there.
 
 # %% [markdown]
 # 22 arms, five tasks. **Your turn.** How many runs is that, before any grid grows?
@@ -141,7 +143,7 @@ for task in TASKS:
         if finals[arm, task][0]["lr"] in (tried[arm, task][0]["lr"], tried[arm, task][-1]["lr"])
     ]
     print(
-        f"{task:21s} seeds {list(*seeds)}, {min(rates)} to {max(rates)} rates; at an edge: {', '.join(edge) or 'nobody'}"
+        f"{task:21s} {len(*seeds)} seeds, {min(rates)} to {max(rates)} rates; at an edge: {', '.join(edge) or 'nobody'}"
     )
 
 # %% [markdown]
@@ -216,7 +218,7 @@ table([{"one batch, many tenants": arm, **row["engines"]} for arm, row in cost.i
 
 # %% [markdown]
 # ## 4. Train it
-# All of it: 22 arms by five tasks, the mean of five seeds in each cell.
+# All of it: 22 arms by five tasks, the mean over the seeds in each cell.
 
 
 # %%
@@ -225,15 +227,19 @@ def percent(key, task):
     return 100 * np.array([[row[key] for row in finals[arm, task]] for arm in ARMS])
 
 
+def overall(by_task):
+    """Style, reviews, and facts (their three amounts together), a third each."""
+    facts = np.mean([by_task[task] for task in FACTS], axis=0)
+    return np.mean([by_task["style"], by_task["classification"], facts], axis=0)
+
+
 score = {task: percent("score", task) for task in TASKS}
 kept = {task: percent("kept", task) for task in TASKS}
-knowledge = np.mean([score[task] for task in FACTS], axis=0)
-quality = np.mean([score["style"], score["classification"], knowledge], axis=0)  # (arms, seeds)
-mean = quality.mean(axis=1)
+mean = overall({task: values.mean(axis=1) for task, values in score.items()})
 order = [ARMS[i] for i in np.argsort(-mean)]
 
 # %%
-SEEDS = [row["seed"] for row in finals[ARMS[0], TASKS[0]]]
+SEEDS = {task: [row["seed"] for row in finals[ARMS[0], task]] for task in TASKS}
 hours = sum(row["cpu_seconds"] for row in runs.rows if "cpu_seconds" in row) / 3600
 print(f"{len(runs.rows)} runs, {hours:.2f} CPU-hours")
 
@@ -271,19 +277,22 @@ show(
 
 # %% [markdown]
 # The mean behind the order counts style, reviews and facts (their three amounts together) as a third each. Is the order
-# certain? Repeat the experiment 2,000 times, on paper:
+# certain? Repeat the experiment 2,000 times, on paper, each task with its own seeds:
 
 # %%
-repeats = resampled_means(quality, 2000)
+repeats = overall({task: resampled_means(score[task], 2000, seed=i) for i, task in enumerate(TASKS)})
+likely = np.percentile(repeats, [2.5, 97.5], axis=0)
 places = (-repeats).argsort(axis=1).argsort(axis=1) + 1
 low, high = np.percentile(places, [2.5, 97.5], axis=0)
 for arm in order:
     i = ARMS.index(arm)
-    print(f"{arm:20s} {mean_ci(quality[i])} %  place {low[i]:.0f} to {high[i]:.0f}")
+    print(
+        f"{arm:20s} {mean[i]:.1f} [{likely[0, i]:.1f}, {likely[1, i]:.1f}] %  place {low[i]:.0f} to {high[i]:.0f}"
+    )
 
 # %% [markdown]
-# Five seeds resampled give ranges that are rather too narrow (the five could all be lucky). Where even these overlap, nobody
-# should say "better". A wide interval is mostly a seed or two that collapsed: the best rate of a single seed can lie at the
+# A few seeds resampled give ranges that are rather too narrow (they could all be lucky; for facts there are five). Where even
+# these overlap, nobody should say "better". A wide interval is mostly a seed or two that collapsed: the best rate of a single seed can lie at the
 # edge of a cliff, as AdaLoRA's on the reviews and the soft prompt's on the style.
 #
 # **The fronts.** Three costs, one at a time. The band: where the front lies in 95 % of the repetitions.
@@ -315,7 +324,6 @@ AXES = {
     "peak_bytes": (1e6, "peak memory of a step (MB)"),
     "train_flops": (1e9, "GFLOPs of a step"),
 }
-missed = 100 - quality
 
 
 def draw_front(ax, what):
@@ -327,10 +335,10 @@ def draw_front(ax, what):
     ax.fill_between(price[along], *(100 - sides[:, along]), step="post", color="#888888", alpha=0.3, lw=0)
     ax.step(price[along], 100 - front_heights(price, mean)[along], where="post", color="#555555", lw=1)
     for i, arm in enumerate(ARMS):
-        ci = mean_ci(missed[i])
         faint = {"alpha": 1 if arm in front else 0.35}
-        ax.plot([price[i]] * 2, [max(ci.lo, 0.3), ci.hi], lw=0.9, color=drawn(arm)["color"], **faint)
-        ax.plot(price[i], missed[i].mean(), **drawn(arm), **faint)
+        ends = np.clip(100 - likely[:, i], 0.3, None)
+        ax.plot([price[i]] * 2, ends, lw=0.9, color=drawn(arm)["color"], **faint)
+        ax.plot(price[i], 100 - mean[i], **drawn(arm), **faint)
     ax.set(xscale="log" if what == "params" else "linear", yscale="log", ylim=(100, 0.5))
     ax.set_yticks([1, 2, 5, 10, 20, 50], ["99", "98", "95", "90", "80", "50"])
     ax.set_yticks([], minor=True)
@@ -686,7 +694,7 @@ knows = {
 }
 for pair, points in knows.items():
     print(f"{pair:30s} {points} points")
-claim(57).observe(conditions=knows, seeds=SEEDS)
+claim(57).observe(conditions=knows, seeds=SEEDS[FACTS[0]])
 
 # %% [markdown]
 # Against the soft prompt always; against IA3 only where there is much to store.
@@ -695,12 +703,12 @@ claim(57).observe(conditions=knows, seeds=SEEDS)
 # classification, prefix tuning. Each at its own best rate.
 
 # %%
-claim(21).observe(conditions={task: versus("IA3", "LoRA r8", task) for task in TASKS}, seeds=SEEDS)
+claim(21).observe(conditions={task: versus("IA3", "LoRA r8", task) for task in TASKS})
 plus = {}
 for task in TASKS:
     pair = (score[task][ARMS.index(arm)] for arm in ("LoRA+ r8", "LoRA r8"))
     plus[task] = paired_difference(*pair, level=0.90)
-claim(27).observe(parts={"quality": plus}, seeds=SEEDS)
+claim(27).observe(parts={"quality": plus})
 
 # %%
 best_other = max(
@@ -708,7 +716,7 @@ best_other = max(
     key=lambda arm: score["classification"][ARMS.index(arm)].mean(),
 )
 print("best other on reviews:", best_other)
-claim(13).observe(versus("prefix 18", best_other, "classification"), seeds=SEEDS)
+claim(13).observe(versus("prefix 18", best_other, "classification"), seeds=SEEDS["classification"])
 
 # %% [markdown]
 # **Claim 55**: tuning LoRA matters more than switching the method. Lab 02's record has LoRA in eight settings on the same 512
@@ -717,7 +725,7 @@ claim(13).observe(versus("prefix 18", best_other, "classification"), seeds=SEEDS
 # %%
 lab02 = load_record("sweep_tune_lora", device="cpu")
 spans = []
-for k, seed in enumerate(SEEDS):
+for k, seed in enumerate(SEEDS[FACTS[-1]]):
     lora = [
         100 * row["score"]
         for row in lab02.rows
@@ -725,7 +733,7 @@ for k, seed in enumerate(SEEDS):
     ]
     methods = score[FACTS[-1]][:, k]
     spans.append((max(lora) - min(lora)) / (methods.max() - methods.min()))
-claim(55).observe(parts={"tuning_spans_more": {"512 facts": mean_ci(spans)}}, seeds=SEEDS)
+claim(55).observe(parts={"tuning_spans_more": {"512 facts": mean_ci(spans)}}, seeds=SEEDS[FACTS[-1]])
 
 # %% [markdown]
 # A well-tuned and a badly tuned LoRA are as far apart as the best and the worst method. (The worst LoRA there is the one with

@@ -17,7 +17,7 @@ lab = setup(lab="19", profile=PROFILE, model_id=MODEL_ID)
 
 # %% [markdown]
 # You have something better now: records. Every method of this course, on five tasks, each at its own best learning rate,
-# with five seeds; and a count of what each one costs. So a choice can be a *query*:
+# with five seeds or more; and a count of what each one costs. So a choice can be a *query*:
 #
 # 1. Your constraints put methods **out**, each with a reason that can be checked.
 # 2. Of those left, the records say who scored best, and who is **tied**: whose difference to the best might be zero.
@@ -201,7 +201,7 @@ def gain(name, other, task=None):
 # %% [markdown]
 # *General* asks for LoRA among the tied on the mean over all tasks. *Memory* asks whether QLoRA holds least of those that
 # score as well. *Quality* is DoRA minus LoRA. *Classification* asks for prefix tuning among the tied, if fewer than half of
-# all are tied; else five seeds cannot tell. (That last condition was added after the first look: nearly every method was
+# all are tied; else the seeds cannot tell. (That last condition was added after the first look: nearly every method was
 # tied, and "holds" would have said too much.) LoRA stands in with rank 8, the bake-off's.
 
 # %%
