@@ -7,6 +7,7 @@ with recorded steps and without, PEFT's mixed batch, a merged copy for each tena
 Adapters are made in memory (`payloads`). What time or memory did not allow is a row that says so.
 """
 
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -131,6 +132,7 @@ def grid(bench: Bench, budget: Budget, made: Made) -> list[dict]:
 
 def _case(bench: Bench, made: Made, rank: int, batch: int) -> list[dict]:
     """The arms of one rank and batch, in turns."""
+    gc.collect()  # engines that are closed still hold their memory until then
     payloads, oracle = made.payloads(rank), made.oracle
     total = WARM + bench.plan.rounds * (bench.plan.steps + 1)
     tokens = batch * (PAST + total + 24)
@@ -234,6 +236,7 @@ def fleet(bench: Bench, budget: Budget, made: Made) -> list[dict]:
             missed.append(f"{count} adapters of rank {rank}")
             continue
         started = time.monotonic()
+        gc.collect()
         payloads = made.payloads(rank)
         large = Bench(replace(plan, rank=rank), bench.model, dict.fromkeys(payloads.names))
         slots = _slots(bench, count, payloads.nbytes)

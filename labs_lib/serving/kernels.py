@@ -120,8 +120,21 @@ def _measure(plan, name: str, linears, rank: int, T: int, machine, dtype) -> lis
     itemsize = dtype.itemsize
     copies = copies_of(linears, itemsize)
     case = Case(T, T, rank, linears * copies, slots=T, device=plan.device, dtype=dtype)
-    able = [op for op in plan.ops if op in case.able]
-    off, device = case.check(able), torch.device(plan.device)
+    device, off, found = torch.device(plan.device), {}, []
+    for op in plan.ops:
+        if op in case.able:
+            try:
+                off |= case.check([op])
+            except LabsError:
+                raise
+            except (
+                Exception
+            ) as error:  # not on this card, or not in this number format: the others still count
+                found.append(
+                    {"section": "refused", "op": op, "rank": rank, "why": f"{type(error).__name__}: {error}"}
+                )
+                _say(f"{op} does not run here: {type(error).__name__}")
+    able = list(off)
     calls = {"base": case.base()}
     calls |= {op: case.adapters(op) for op in able} | {f"with {op}": case.adapters(op, True) for op in able}
     if "sgmv" in able:
@@ -136,7 +149,6 @@ def _measure(plan, name: str, linears, rank: int, T: int, machine, dtype) -> lis
             ) as error:  # an op that waits for the host cannot be recorded: it is timed as it is
                 arms[arm], refused[arm] = call, str(error)
         times = time_ratios(arms, "base", rounds=plan.rounds, min_seconds=0.002)
-    found = []
     for arm in calls:
         op, alone = arm.removeprefix("with ").removesuffix(" beside"), not arm.startswith("with ")
         adapters = 0 if arm == "base" else T

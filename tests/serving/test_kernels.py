@@ -140,3 +140,15 @@ def test_pieces_come_from_the_devices_record(monkeypatch):
         assert tuning.pieces(shape("expand"), "cpu") == tuning.default(shape("expand"))
     finally:
         tuning.forget()
+
+
+def test_an_op_that_this_card_refuses_costs_only_its_own_rows(monkeypatch):
+    def refuses(x, a, b, index, out):
+        raise RuntimeError("compute capability 9.0 is needed")
+
+    monkeypatch.setitem(OPS, "grouped", refuses)
+    rows = kernels.run(kernels.Plan(**(SMALL | {"rows": (4,)})))
+    refused = [row for row in rows if row["section"] == "refused"]
+    assert len(refused) == 2 and all("compute capability" in row["why"] for row in refused)
+    assert {row["arm"] for row in rows if row["section"] == "ops"} >= {"base", "with gather", "peft"}
+    assert tables(rows)

@@ -315,6 +315,7 @@ def card():
         yield
 
 
+@pytest.mark.gpu  # a pretended one does
 @pytest.mark.parametrize("policy", ["separate", "unified"])
 def test_a_gpu_replays_what_the_eager_path_says(zoo, card, policy):
     draw = random.Random(2)
