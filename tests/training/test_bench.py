@@ -247,14 +247,20 @@ def test_on_a_gpu_the_bytes_held_count_too(monkeypatch):
 
 
 def test_it_stops_in_time_resumes_and_measures_nothing_twice(learner, monkeypatch):
-    counted, log = [], learner / "log.jsonl"
-    monkeypatch.setattr(bench, "measure", lambda arm, *a: counted.append(arm.name) or {"step_s": 1.0})
-    wanted = plan(arms=("LoRA r16", "IA3", "prompt 10"), checkpointing=(False, True))
+    counted, log, clock = [], learner / "log.jsonl", [0.0]
+
+    def measured(arm, shorter, *rest) -> dict:
+        counted.append((arm.name, shorter.seconds))
+        clock[0] += 40  # seconds that an arm takes
+        return {"step_s": 1.0}
+
+    monkeypatch.setattr(bench, "measure", measured)
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    wanted = plan(arms=("LoRA r16", "IA3", "prompt 10"), checkpointing=(False, True), seconds=4.0)
     assert bench.run(wanted, log, minutes=0) == ([], False)
-    clock = iter([0.0, 0.0, 30.0, 90.0])
-    monkeypatch.setattr("time.monotonic", lambda: next(clock, 99.0))
     rows, complete = bench.run(wanted, log, minutes=1)
-    assert [row["arm"] for row in rows] == counted == ["LoRA r16", "IA3"] and not complete
+    assert [row["arm"] for row in rows] == ["LoRA r16", "IA3"] and not complete
+    assert counted == [("LoRA r16", 4.0), ("IA3", 2.0)]  # 20 s are left for five points, half of it for turns
     rows, complete = bench.run(wanted, log)
     assert complete and len(rows) == len(counted) == 6
     assert [row["checkpointing"] for row in rows] == [False] * 3 + [True] * 3
