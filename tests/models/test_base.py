@@ -48,7 +48,7 @@ def test_a_folder_in_hub_layout_loads(tmp_path):
 
 
 def test_unknown_names_say_what_exists():
-    with pytest.raises(LabsError, match="tiny, small, medium, large, a folder, or a hub id"):
+    with pytest.raises(LabsError, match="tiny, small, medium, large, xlarge, a folder, or a hub id"):
         load_base("smal")
     if "large" not in SHIPPED:
         with pytest.raises(LabsError, match="labs pretrain large"):
