@@ -170,33 +170,34 @@ def tokens(plan: Plan, base: "nn.Module") -> "dict[str, torch.Tensor]":
 
 def timed(arm: "BenchArm", one: "Trainee", plan: Plan, bases: Bases, checkpointing: bool = False) -> dict:
     """Seconds of a step, and its ratio to LoRA's in the same rounds; alone where the two have no room together."""
+    import numpy as np
+
     from labs_lib.measure.stats import bootstrap_ci
     from labs_lib.measure.timing import time_ratios
     from labs_lib.training.bench_arms import reference, trainee
 
-    against = reference(arm)
-    once = seconds_of(one.step, plan.device)
-    row = {"against": against.name, "paired": True}
+    def turns(against: "BenchArm | None"):
+        once, steps = seconds_of(one.step, plan.device), {"arm": one.step}
+        if against:
+            steps["reference"] = trainee(against, bases.get(), one.batch, checkpointing).step
+            steps["reference"]()
+            once += seconds_of(steps["reference"], plan.device)
+        settings = {"rounds": _rounds(plan, once), "warmup": 1, "min_seconds": 0.0}
+        return time_ratios(steps, list(steps)[-1], **settings)["arm"]
+
+    row = {"against": reference(arm).name, "paired": True}
     try:
-        other = trainee(against, bases.get(), one.batch, checkpointing)
-        once += (other.step(), seconds_of(other.step, plan.device))[1]
-        steps = {"arm": one.step, "reference": other.step}
-        found = time_ratios(steps, "reference", rounds=_rounds(plan, once), warmup=1, min_seconds=0.0)["arm"]
-        ratio = found.ratio
-        row |= {"ratio": ratio.value, "ratio_lo": ratio.lo, "ratio_hi": ratio.hi}
-        row["reference_s"] = found.baseline_seconds
+        found = turns(reference(arm))
     except (RuntimeError, MemoryError) as error:
         if not no_room(error, plan.device):
             raise
-        other = None
-        row |= {"paired": False}
-    if not row["paired"]:
+        row["paired"] = False
+    if row["paired"]:
+        row |= {"ratio": found.ratio.value, "ratio_lo": found.ratio.lo, "ratio_hi": found.ratio.hi}
+        row["reference_s"] = found.baseline_seconds
+    else:
         clean(plan.device)
-        found = time_ratios({"arm": one.step}, "arm", rounds=_rounds(plan, once), warmup=1, min_seconds=0.0)[
-            "arm"
-        ]
-    import numpy as np
-
+        found = turns(None)
     middle = bootstrap_ci(found.samples, np.median)
     row |= {"step_s": middle.value, "step_lo": middle.lo, "step_hi": middle.hi, "rounds": len(found.samples)}
     return row | {"tokens_per_s": plan.rows * plan.length / middle.value}
