@@ -519,7 +519,7 @@ table(lines) if lines else "no record yet"
 
 # %% [markdown]
 # Fifty times the size, about fifty times the rate: it does. And tuned like that, the far start is not the worst of the random
-# ones. It is the best, and the only one on which all seeds agree. (Its rate lies at the grid's upper edge; more might be better
+# ones but the best, though a few of its seeds are lost, too. (Its rate lies at the grid's upper edge; more might be better
 # still.) That is the opposite of what we expected, so here is one of its points again, live:
 
 # %%
@@ -868,9 +868,10 @@ for name, start in against.items():
         print(f"{name}: rules kept {difference(rows_of(start), vocabulary, 'compliance')} points")
 
 # %% [markdown]
-# Five seeds of a lottery cannot tell a point. What they do say: nothing here speaks *for* the vocabulary at equal steps, and a
-# random start without a rate of its own is what fails.
-#
+# Five seeds of this lottery could not tell a point from eighty; twenty can. At equal steps both random starts are ahead of the
+# vocabulary, each at a rate of its own. A random start *without* a rate of its own is what fails.
+
+# %% [markdown]
 # **Claim 25**: prompt tuning "is only competitive with very large models". One family of bases, each twice as wide as the one
 # before. Twenty soft tokens from two starts and full fine-tuning, each tuned on each base; and what each makes of a written
 # guide. (`tiny`, the first, is the weaker writer to begin with. `small` and `medium` are equally competent, so that step is
@@ -952,11 +953,11 @@ if complete:
     claim(25).observe(conditions=trends)
 
 # %% [markdown]
-# The means move the chapter's way, and three seeds that differ so much cannot settle it; the far start on every base would. The
-# last line is the surprise: with another start and a rate to match, the gap is nearly gone at one million parameters. Part
-# of what looks like size is search. (This style is a thing the base can do. Of new facts it learned next to none.)
+# From tokens the gap shrinks as the model widens, as the chapter says. From afar it shrinks at first, then opens again. So width
+# is not all of it: start and rate move the gap as much, and every base's rate was chosen with one seed of a lottery. Part of what
+# looks like size is search. (This style is a thing these bases can do. Of new facts they learned next to none.)
 #
-# A trend over three small models says which way it goes, not where it ends. In the paper prompt tuning meets full fine-tuning
+# A trend over small models says which way it goes, not where it ends. In the paper prompt tuning meets full fine-tuning
 # at about 10 billion parameters, on SuperGLUE. What would tell: one task, from 100 million to 10 billion, starts tuned at each.
 
 # %% [markdown]
