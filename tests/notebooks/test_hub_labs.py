@@ -1,7 +1,7 @@
 """Every lab runs on models in hub layout, too: random weights, several families.
 
-Qwen2 goes through all labs, since it differs most from the shipped family: biases, grouped heads, and a name that PEFT's
-rarer classes do not know. The others take turns.
+Qwen2 goes through all labs, since it differs most from the shipped family: biases, grouped heads, and a name that
+PEFT's rarer classes do not know. The others take turns.
 """
 
 import os
