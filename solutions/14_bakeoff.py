@@ -30,7 +30,7 @@ lab = setup(lab="14", profile=PROFILE, model_id=MODEL_ID)
 # 5. Five fresh seeds at that rate, on rows that the choice has not seen. (Facts excepted: nobody can recall a fact that was
 #    not trained, so there is nothing to hold out.)
 #
-# One step came later: on the style and the reviews five seeds left most methods tied, so everybody got fifteen more there.
+# Later: fifteen seeds more on style and reviews, where five left most tied.
 
 # %% [markdown]
 # 22 arms, five tasks. **Your turn.** How many runs is that, before any grid grows?
