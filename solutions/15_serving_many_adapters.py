@@ -578,12 +578,17 @@ print(
 # little, choose the op by the batch's shape, and check the answers before you time them.
 
 # %% [markdown]
-# **On a GPU, with a 7B model**, others report what an engine of this kind keeps of the base's speed.
+# **On a GPU, with a 7B model**, the same two questions: what is left of the base's throughput, and what does a token take
+# longer? Side by side this engine's records, what others report, and the chapter, whose 8 ms are for a whole response.
 
 # %%
 from labs_lib.measure import load_published
 
-print("GPU record of this engine:", load_record("bench_serving", device="gpu"))
+from labs_lib.serving.sides import serving_sides
+
+sides = serving_sides()
+show_table(sides.rows)
+print(sides)
 published = load_published("serving")["tables"]
 for name in ("slora_throughput", "vllm_overhead"):
     entry = published[name]
@@ -873,6 +878,27 @@ side_by_side({slug: reply.json()["choices"][0]["text"] for slug, reply in replie
 #   Measure it.
 # - **Open exercise 2.** `q_proj`, `k_proj` and `v_proj` read the same input. What could an engine do once instead of three
 #   times, and what would it gain where starting an operation is the cost?
+
+# %% [markdown]
+# **How much is left to gain?** A step must read the weights once, and the adapters of its rows. Bytes over bandwidth is
+# the least it can take, FLOPs over the rate of multiplying likewise, and the larger of the two is the *roofline*
+# (Williams et al. 2009, "Roofline", CACM 52(4)). `labs bench kernels` measures all three, on a GPU with the Triton
+# kernels too. *You should see* how far each op is from the black line, which no op can cross.
+
+# %%
+from labs_lib.serving.kernels_report import of_layers, roofline
+
+record = load_record("bench_kernels")
+panels = {rank: rows for (of, rank), rows in of_layers(record.rows).items() if of == "seven linears"}
+print(record)
+print(f"7B: 32 adapters of rank 16 are {32 * adapter7 / seven:.0%} more bytes to read than the model alone")
+
+# %% tags=["hide-input"]
+fig, (axes,) = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.4), sharey=True, squeeze=False)
+told = [roofline(ax, panels[rank], rank) for ax, rank in zip(axes, sorted(panels), strict=True)]
+axes[0].set_ylabel("microseconds of a layer's seven linears")
+fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+show(fig, alt=" ".join(told))
 
 # %% [markdown] tags=["solution-only"]
 # **Answer 1.** With gather everybody: all rows are padded to the largest rank in the batch. With segments the tenant

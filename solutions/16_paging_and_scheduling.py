@@ -916,11 +916,14 @@ claim(31).observe(all(named.values()), note=f"named: {', '.join(tier for tier in
 from labs_lib.measure import load_record
 
 from labs_lib.serving.bench_report import tables
+from labs_lib.serving.sides import serving_sides
 
+sections = ("throughput", "scale", "latency", "grid", "fleet", "not reached")
 for device in ("cpu", "gpu"):
     record = load_record("bench_serving", device=device)
     print(record)
-    print(tables([row for row in record.rows if row["section"] in ("throughput", "scale", "latency")]))
+    print(tables([row for row in record.rows if row["section"] in sections]))
+print(serving_sides())
 
 # %% [markdown]
 # **One point live**, and what the rule says of it. The same requests, first all for the base model alone, then each for
