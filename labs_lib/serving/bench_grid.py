@@ -30,7 +30,9 @@ from labs_lib.serving.bench import (
     refusals,
 )
 
-PAST = 62  # tokens of each prompt: the window grows to 128 columns while steps are not timed yet, and no further
+PAST = (
+    62  # tokens of each prompt: the window grows to 128 columns while steps are not timed yet, and no further
+)
 WARM = 4
 SLOW_ROUNDS = 3  # of arms whose step takes many times the base's
 CHECKED = 8  # adapters whose answers are verified
