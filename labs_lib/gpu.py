@@ -27,9 +27,10 @@ class Step:
     Attributes:
         name: for `--only`.
         tells: what is known afterwards.
-        command: words of a process; `{minutes}` stands for what the step may take, `{jobs}` for notebooks at a time.
+        command: words of a process; `{minutes}` stands for what the step may take, `{half}` for half of it, `{jobs}`
+            for notebooks at a time.
         share: of the whole budget.
-        record: the record by which the step is known to be done; "" for one that leaves none.
+        record, file: the record, or the path in the repository, by which the step is known to be done; "" for none.
     """
 
     name: str
@@ -37,10 +38,17 @@ class Step:
     command: tuple[str, ...]
     share: float
     record: str = ""
+    file: str = ""
+
+    def was_done(self, device: str) -> bool:
+        from labs_lib.measure.records import load_records
+
+        recorded = self.record and load_records(self.record, device)
+        return bool(recorded or (self.file and (root() / self.file).is_file()))
 
 
-def _bench(target: str, *more: str) -> tuple[str, ...]:
-    return (*LABS, "bench", target, "--device", "cuda", "--minutes", "{minutes}", *more)
+def _bench(target: str, *more: str, minutes: str = "{minutes}") -> tuple[str, ...]:
+    return (*LABS, "bench", target, "--device", "cuda", "--minutes", minutes, *more)
 
 
 PLAN = (
@@ -60,7 +68,13 @@ PLAN = (
         ),
         0.06,
     ),
-    Step("kernels", "SGMV against the card's limits", _bench("kernels"), 0.1, "bench_kernels"),
+    Step(
+        "kernels",
+        "SGMV with its best pieces for this card, against the card's limits",
+        _bench("kernels", "--tune", minutes="{half}"),  # once for the pieces, once for the rest
+        0.13,
+        "bench_kernels",
+    ),
     Step(
         "training",
         "seconds and peak memory of a 7B training step, by method (claims 5, 20, 23, 36-39)",
@@ -86,15 +100,28 @@ PLAN = (
         "labs",
         "every lab runs in the gpu profile",
         (*LABS, "run", "--solution", "--profile", "gpu", "--jobs", "{jobs}"),
-        0.14,
+        0.13,
         "lab_runs",
     ),
-    Step("pretrain", "a base of width 512", (*LABS, "pretrain", "large"), 0.09),
+    Step(
+        "pretrain",
+        "a base of width 512",
+        (*LABS, "pretrain", "large"),
+        0.08,
+        file="data/base/large/model.safetensors",
+    ),
+    Step(
+        "competence",
+        "what that base can do",
+        (*LABS, "competence", "large", "--write"),
+        0.01,
+        file="data/base/large/competence.json",
+    ),
     Step(
         "family",
         "soft prompts on a base of width 512 (claim 25)",
         (*LABS, "sweep", "prompt_large", "--device", "cuda"),
-        0.09,
+        0.07,
         "sweep_prompt_large",
     ),
 )
@@ -105,15 +132,13 @@ def run_plan(
 ) -> list[tuple[Step, str]]:
     """Run the steps in order; what one leaves of its share, the later ones get.
 
-    Returns each step with how it ended: "done", "recorded before", "failed", "out of time" or "not reached".
+    Returns each step with how it ended: "done", "done before", "failed", "out of time" or "not reached".
     """
-    from labs_lib.measure.records import load_records
-
     end = time.monotonic() + 60 * minutes
     outcome = []
     for i, step in enumerate(plan):
-        if step.record and not again and load_records(step.record, device):
-            outcome.append((step, "recorded before"))
+        if not again and step.was_done(device):
+            outcome.append((step, "done before"))
             continue
         left = end - time.monotonic()
         seconds = left * step.share / sum(each.share for each in plan[i:])
@@ -127,7 +152,11 @@ def run_plan(
 
 def _run(step: Step, seconds: float) -> str:
     """One process, which may take the seconds and half as much again before it is stopped, its children with it."""
-    words = {"minutes": f"{seconds / 60:.2f}", "jobs": str(max(1, min(8, (os.cpu_count() or 1) // 2)))}
+    words = {
+        "minutes": f"{seconds / 60:.2f}",
+        "half": f"{seconds / 120:.2f}",
+        "jobs": str(max(1, min(8, (os.cpu_count() or 1) // 2))),
+    }
     process = subprocess.Popen(
         [word.format(**words) for word in step.command],
         cwd=root(),
@@ -183,4 +212,4 @@ def main(args: argparse.Namespace) -> int:
     for step, ended in outcome:
         print(f"  {step.name:10s} {ended:16s} {step.tells}")
     print(f"Records are in data/measured/{device}.*.json. The same command goes on with what is missing.")
-    return 0 if all(ended in ("done", "recorded before") for _, ended in outcome) else 1
+    return 0 if all(ended in ("done", "done before") for _, ended in outcome) else 1

@@ -1,5 +1,6 @@
 """The plan for a card: its commands exist, time is shared out, records are not repeated, nothing outlives it."""
 
+import dataclasses
 import sys
 import time
 from importlib import import_module
@@ -29,7 +30,7 @@ def ends(plan, minutes=1.0, **more):
 @pytest.mark.parametrize("each", [s for s in PLAN if s.command[: len(LABS)] == LABS], ids=lambda s: s.name)
 def test_every_command_of_the_plan_is_one_that_labs_takes(each, monkeypatch):
     taken = []
-    words = [word.format(minutes="1.50", jobs="4") for word in each.command[len(LABS) :]]
+    words = [word.format(minutes="1.50", half="0.75", jobs="4") for word in each.command[len(LABS) :]]
     module = import_module(cli.COMMANDS[words[0]][0])
     monkeypatch.setattr(module, "main", lambda args: taken.append(args))
     assert cli.main(words) == 0 and taken
@@ -60,8 +61,11 @@ def test_what_is_recorded_on_this_card_is_not_repeated():
     save_record(Record("bench_x", [{}], provenance={"device": "h100"}))
     save_record(Record("bench_y", [{}], provenance={"device": "a100"}))
     plan = [step("x", "pass", record="bench_x"), step("y", "pass", record="bench_y")]
-    assert ends(plan) == {"x": "recorded before", "y": "done"}
+    assert ends(plan) == {"x": "done before", "y": "done"}
     assert ends(plan, again=True)["x"] == "done"
+    made = dataclasses.replace(plan[0], record="", file="README.md")
+    assert ends([made]) == {"x": "done before"}
+    assert ends([dataclasses.replace(made, file="data/base/none")]) == {"x": "done"}
 
 
 def test_one_that_hangs_is_stopped_with_its_children(tmp_path):
