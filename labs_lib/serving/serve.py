@@ -42,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
     parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="of the model and the adapters on the device; half of it for a large model on a GPU (default: float32)",
+    )
+    parser.add_argument(
         "--threads",
         type=int,
         help="of the model on a CPU (default: 1 up to 100 million parameters, whose steps more threads slow down)",
@@ -119,7 +125,11 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> None:
 
     quiet.hub(wanted=args.model not in SIZES and not Path(args.model).is_dir())
     root = args.registry or cache() / "registry"
-    model, tokenizer = load_base(args.model, device=args.device)
+
+    def load():
+        return load_base(args.model, dtype=getattr(torch, args.dtype), device=args.device)
+
+    model, tokenizer = load()
     threads = args.threads or (1 if model.num_parameters() < SMALL else None)
     if threads and args.device == "cpu":
         torch.set_num_threads(threads)
@@ -141,7 +151,7 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> None:
         Watch(
             engine,
             registry,
-            lambda: load_base(args.model, device=args.device)[0],
+            lambda: load()[0],
             share=args.oracle,
             every=args.canaries,
         ) as watch,

@@ -5,6 +5,7 @@ import socket
 import threading
 
 import pytest
+import torch
 
 from labs_lib.errors import LabsError
 from labs_lib.serving import serve
@@ -53,6 +54,20 @@ def test_numbers_that_are_none_are_told(wrong):
 def test_an_adapter_root_must_be_there(tmp_path):
     with pytest.raises(LabsError, match="make it first"):
         serve.main(arguments("--adapter-root", str(tmp_path / "none"), "--port", "0"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_model_and_the_pool_have_the_dtype_that_was_asked_for(dtype, tmp_path, monkeypatch):
+    class ReadyError(Exception):
+        pass
+
+    def stop(engine, *args, **settings):
+        assert engine.executor.dtype == engine.pool.adapters.data.dtype == getattr(torch, dtype)
+        raise ReadyError
+
+    monkeypatch.setattr("labs_lib.serving.gateway.create_app", stop)
+    with pytest.raises(ReadyError):
+        serve.main(arguments("--model", "tiny", "--dtype", dtype, "--registry", str(tmp_path), "--port", "0"))
 
 
 def test_a_server_that_stops_lets_what_is_under_way_end(tmp_path):
