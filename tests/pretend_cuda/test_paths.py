@@ -22,10 +22,11 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 
 
 @pytest.fixture(autouse=True)
-def device(tmp_path, monkeypatch):
-    monkeypatch.setenv("LABS_CACHE", str(tmp_path))
-    monkeypatch.delenv("LABS_RECORD", raising=False)
-    with pretend("gpu"):
+def device(tmp_path):
+    """Its own MonkeyPatch: a test's is undone later, and would put the pretended functions back for good."""
+    with pytest.MonkeyPatch.context() as patch, pretend("gpu"):
+        patch.setenv("LABS_CACHE", str(tmp_path))
+        patch.delenv("LABS_RECORD", raising=False)
         yield
 
 
