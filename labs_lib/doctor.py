@@ -22,6 +22,7 @@ GB = 1e9
 MEMORY_GB = 3.0  # the most that a notebook takes at the profile `cpu`
 DISK_GB = 2.0  # checkpoints, sweeps and executed notebooks of the whole course
 HUB = "https://huggingface.co"
+TOLD = ("full fine-tuning", "LoRA r16", "QLoRA r16")
 
 
 class Finding(NamedTuple):
@@ -157,8 +158,23 @@ def profile() -> Finding:
     return Finding("ok", "Profile", f"{fit.name}: {fit.about}")
 
 
-CHECKS: tuple[Callable[[], Finding], ...] = (
-    python, packages, device, bitsandbytes, memory, disk, data, hub, profile
+def room() -> Finding | None:
+    """The largest public models that this card can train, by method, as counted in lab 19; None without a card."""
+    import torch
+
+    from labs_lib.measure import load_record
+    from labs_lib.training import fits
+
+    if not torch.cuda.is_available():
+        return None
+    card = torch.cuda.get_device_properties(0).total_memory / GB
+    largest = fits.fitting(load_record(fits.RECORD, device="cpu").rows, card)
+    told = "; ".join(f"{method} {largest[method] or 'none'}" for method in TOLD)
+    return Finding("ok", "Room", f"trains at most, {fits.LENGTH} tokens at a time: {told}")
+
+
+CHECKS: tuple[Callable[[], Finding | None], ...] = (
+    python, packages, device, bitsandbytes, memory, disk, data, hub, profile, room
 )  # fmt: skip
 
 
@@ -166,7 +182,8 @@ def findings() -> Iterator[Finding]:
     """All findings, each as soon as it is known. A check that breaks down is a finding too."""
     for check in CHECKS:
         try:
-            yield check()
+            if finding := check():
+                yield finding
         except (LabsError, ImportError, OSError) as reason:
             yield Finding("PROBLEM", check.__name__.capitalize(), str(reason))
 

@@ -83,5 +83,5 @@ def serving_sides() -> Sides:
     rows[THROUGHPUT]["the chapter"] = "1"
     rows[ADDED]["the chapter"] = f"+{chapter['added_median_latency_ms']} for a whole response"
     if not any(record.device != "cpu" for record in records):
-        said.append(f"There is no GPU record yet: `{COMMAND}` makes one")
+        said.append(f"there is no GPU record yet: `{COMMAND}` makes one")
     return Sides(list(rows.values()), "; ".join(said) + ".")

@@ -255,10 +255,14 @@ def test_peak_memory_asks_the_cards_allocator():
 def test_the_doctor_sees_the_card():
     from labs_lib import doctor
 
-    found = {finding.topic: finding for finding in (doctor.device(), doctor.bitsandbytes(), doctor.profile())}
+    checks = (doctor.device, doctor.bitsandbytes, doctor.profile, doctor.room)
+    found = {finding.topic: finding for finding in (check() for check in checks)}
     assert found["GPU"].text.startswith("NVIDIA Pretend 24GB, 26 GB")
     assert found["bitsandbytes"].text == "NF4 works on cuda"
     assert found["Profile"].text.startswith("gpu: ")
+    assert found["Room"].text.endswith(
+        "full fine-tuning llama-3.2-1b; LoRA r16 llama-2-7b; QLoRA r16 llama-2-7b"
+    )
 
 
 def test_a_record_says_which_card():
