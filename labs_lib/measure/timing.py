@@ -8,12 +8,26 @@ an interval.
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from labs_lib.measure.stats import Estimate, bootstrap_ci
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Garbage is collected before, not while time is taken."""
+    gc.collect()
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 @dataclass(frozen=True)
@@ -70,15 +84,10 @@ def time_ratios(
         calls[name] = max(1, math.ceil(min_seconds / once))
 
     times: dict[str, list[float]] = {name: [] for name in arms}
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with no_collection():
         for round_ in range(rounds):
             for name in turns(list(arms), round_):
                 times[name].append(_sample(arms[name], calls[name]) / calls[name])
-    finally:
-        if collecting:
-            gc.enable()
 
     base = np.array(times[baseline])
     result = {}

@@ -21,6 +21,7 @@ import numpy as np
 
 from labs_lib import quiet
 from labs_lib.errors import LabsError
+from labs_lib.measure.timing import no_collection
 
 SECTIONS = ("decode", "threads", "throughput", "scale", "latency", "profile", "twin")
 LARGE = ("grid", "fleet")  # for a model of real size: `bench_grid`
@@ -117,21 +118,8 @@ class Bench:
         trace = trace.base_only() if name == "base" else trace
         requests = trace.requests(self.shas, self.vocabulary)
         at = [arrival.at for arrival in trace]
-        with _no_collection():
+        with no_collection():
             return replay(engine, requests, at, outstanding=None if open_loop else 2 * self.plan.batch)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Garbage is collected before, not while time is taken."""
-    gc.collect()
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 @contextmanager
@@ -241,7 +229,7 @@ def decode(bench: Bench, oracle) -> list[dict]:
         ready = {name: Decoding(name, engine, bench, total) for name, engine in built.items()}
         for name, _ in [(name, i) for name in names for i in range(warm)]:
             built[name].step()
-        with _no_collection():
+        with no_collection():
             for _, name in _turns(names, plan.rounds):
                 times[name].append(_step_seconds(built[name].step, plan.steps))
         for name, each in ready.items():
@@ -277,7 +265,7 @@ def threads(bench: Bench, oracle) -> list[dict]:
     with engines(["base", plan.engine], setup) as built:
         ready = {name: Decoding(name, engine, bench, total) for name, engine in built.items()}
         try:
-            with _no_collection():
+            with no_collection():
                 for _, case in _turns(cases, plan.rounds):
                     torch.set_num_threads(case[1])
                     times[case].append(_step_seconds(built[case[0]].step, plan.steps))

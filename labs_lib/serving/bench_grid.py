@@ -16,11 +16,11 @@ from itertools import product
 
 import numpy as np
 
+from labs_lib.measure.timing import no_collection
 from labs_lib.serving.bench import (
     Bench,
     Decoding,
     _against,
-    _no_collection,
     _ratio,
     _right,
     _say,
@@ -182,7 +182,7 @@ def _case(bench: Bench, made: Made, rank: int, batch: int) -> list[dict]:
         for name in names:
             for _ in range(WARM):
                 built[name].step()
-        with _no_collection():
+        with no_collection():
             for name in _uneven_turns(names, bench.plan.rounds):
                 times[name].append(_step_seconds(built[name].step, bench.plan.steps))
         for name, each in ready.items():

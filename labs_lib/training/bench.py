@@ -13,8 +13,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -272,6 +271,7 @@ def config_of(name: str):
 
 def run(plan: Plan, log: Path, minutes: float = math.inf) -> tuple[list[dict], bool]:
     """The rows of all points, and whether that is all of them; the log keeps what is done."""
+    from labs_lib.measure.timing import no_collection
     from labs_lib.training.resume import find, run_points
 
     arms = chosen(plan, config_of(plan.model))
@@ -283,7 +283,7 @@ def run(plan: Plan, log: Path, minutes: float = math.inf) -> tuple[list[dict], b
         arm = known[point["arm"]]
         left = (until - time.monotonic()) / (len(points) - points.index(point))
         shorter = replace(plan, seconds=min(plan.seconds, 0.5 * left))
-        with _no_collection():
+        with no_collection():
             row = point | measure(arm, shorter, bases, point["checkpointing"])
         clean(plan.device)
         if arm.arm.method == "galore" and "step_s" in row:
@@ -316,19 +316,6 @@ def left_behind(plan: Plan, bases: Bases) -> dict:
     from labs_lib.measure.count import tensor_bytes
 
     return {"left_bytes": torch.cuda.memory_allocated() - tensor_bytes(list(bases.held.values()))}
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage collection within an arm's measurements, one before it."""
-    gc.collect()
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def table(rows: list[dict]) -> str:
