@@ -96,6 +96,7 @@ PLAN = (
         0.1,
         "bench_inference",
     ),
+    # Several at a time, so only how they end is recorded; `LABS_RECORD=1 labs run 04 --profile gpu` records verdicts.
     Step(
         "labs",
         "every lab runs in the gpu profile",

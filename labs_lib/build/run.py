@@ -26,7 +26,10 @@ CELL_LIMIT = 1800  # seconds after which a cell is taken to hang
 
 @dataclass(frozen=True)
 class Job:
-    """One notebook to run: where it is, where the executed copy goes, in which folder, how."""
+    """One notebook to run: where it is, where the executed copy goes, in which folder, how.
+
+    Unless it runs `alone`, what it measures goes to the cache, even with LABS_RECORD=1: others share the clock.
+    """
 
     notebook: Path
     copy: Path
@@ -35,6 +38,7 @@ class Job:
     strict: bool = False
     threads: int = 0
     limit: int = CELL_LIMIT
+    alone: bool = True
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,8 @@ def _told(failure, copy: Path) -> str:
 def _environment(job: Job) -> Iterator[None]:
     """What the kernel inherits: strictness, threads. PROFILE travels as a parameter, so ours must not interfere."""
     wanted = {"LABS_STRICT": "1" if job.strict else "0"}
+    if not job.alone:
+        wanted["LABS_RECORD"] = "0"
     if job.threads and "OMP_NUM_THREADS" not in os.environ:
         wanted["OMP_NUM_THREADS"] = str(job.threads)
     before = {name: os.environ.get(name) for name in wanted}
@@ -182,7 +188,7 @@ def run_tasks(course, tasks: Sequence[Task], folder: Path, workers: int = 1) -> 
             raise LabsError(f"{course.name(path)} is missing: run `labs build {task.entry.number}`.")
         copy = folder / f"{task.entry.stem}.{task.kind}.ipynb"
         given = _fresh(course, task, folder) if task.fresh else path
-        jobs.append(Job(given, copy, path.parent, task.profile, task.strict, threads))
+        jobs.append(Job(given, copy, path.parent, task.profile, task.strict, threads, alone=workers == 1))
         names.append(course.name(path))
     width, results = max(map(len, names), default=0), {}
 

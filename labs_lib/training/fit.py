@@ -120,9 +120,8 @@ def fit(
             dataloader_pin_memory=on_gpu,
             **arguments,
         )
-        settings._n_gpu = min(
-            1, settings.n_gpu
-        )  # else the Trainer spreads every batch over all GPUs that it sees
+        # Else the Trainer spreads every batch over all GPUs that it sees.
+        settings._n_gpu = min(1, settings.n_gpu)
         trainer = Trainer(
             model=model,
             args=settings,

@@ -39,6 +39,18 @@ def test_a_run_passes_profile_and_strictness_and_measures_memory(tmp_path):
     assert printed == [f"smoke 1 {tmp_path.name}\n"]
 
 
+@pytest.mark.parametrize(("alone", "told"), [(True, "1"), (False, "0")])
+def test_what_a_notebook_measures_beside_others_is_not_the_course_s_record(
+    alone, told, tmp_path, monkeypatch
+):
+    """A clock that others share is wrong: `labs gpu` runs several at a time and records only how they ended."""
+    monkeypatch.setenv("LABS_RECORD", "1")
+    given = notebook(tmp_path / "a.ipynb", "import os\nprint(os.environ['LABS_RECORD'])")
+    assert not run_job(Job(given, tmp_path / "done.ipynb", tmp_path, "smoke", alone=alone)).error
+    outputs = [o for c in read_notebook(tmp_path / "done.ipynb")["cells"] for o in c.get("outputs", [])]
+    assert [o["text"] for o in outputs] == [f"{told}\n"]
+
+
 def test_a_failing_cell_is_named_with_its_traceback_and_the_copy_is_kept(tmp_path):
     given = notebook(tmp_path / "a.ipynb", "x = 1", "def f():\n    return x / 0\nf()", "print('not reached')")
     cell = nbformat.read(given, as_version=4).cells[2].id
